@@ -1,0 +1,35 @@
+"""Weft weaves training, finetuning and serving into the same accelerators.
+
+The public names below are resolved on first use, so that importing a room that only decides
+(graph, cluster, cost, plan, engine, sim) never loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.base.errors import WeftError as WeftError
+
+__version__ = "0.1.0"
+
+_PUBLIC: dict[str, str] = {
+    "WeftError": "weft.base.errors",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module on first use."""
+    try:
+        module = _PUBLIC[name]
+    except KeyError:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}") from None
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

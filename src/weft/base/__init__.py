@@ -1,0 +1,1 @@
+"""Errors, units, clock, memory ledger, metric and trace sinks. No torch."""

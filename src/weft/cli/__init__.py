@@ -1,0 +1,1 @@
+"""Verbs; each parses, calls one function of a lower room, prints."""

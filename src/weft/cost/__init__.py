@@ -1,0 +1,1 @@
+"""How long and how much: cost models behind one protocol. No torch."""

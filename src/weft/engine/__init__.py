@@ -1,0 +1,1 @@
+"""Online decisions: requests, batches, pages, the loop; one file per policy. No torch."""

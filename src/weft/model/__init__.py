@@ -1,0 +1,1 @@
+"""Decoder families, layers, kernels, zoo. torch lives here and above."""

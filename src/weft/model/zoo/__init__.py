@@ -1,0 +1,1 @@
+"""Small definitions of branchy models for the planner and the trainer."""

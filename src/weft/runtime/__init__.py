@@ -1,0 +1,1 @@
+"""The executors on real devices: processes, device memory, CUDA graphs, profiler."""

@@ -1,0 +1,1 @@
+"""The LLM facade, the engine process and the OpenAI HTTP API."""

@@ -1,0 +1,1 @@
+"""The executors under a virtual clock; workloads and trace readers. No torch."""
