@@ -1,1 +1,1 @@
-"""What is computed: Graph, Op, TensorSpec, ParameterId, series-parallel tree. Only capture.py uses torch."""
+"""What is computed: Graph, Op, TensorSpec, ParameterId. Only capture.py uses torch."""

@@ -1,1 +1,1 @@
-"""Offline decisions: plans, schedules, actions; one file per planning method; validators. No torch."""
+"""Offline decisions: plans, schedules, actions; one file per planning method. No torch."""
