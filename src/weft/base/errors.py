@@ -29,6 +29,10 @@ class ConfigError(WeftError, ValueError):
     """A setting of ours (engine, cluster, plan, command line) that is out of its range."""
 
 
+class GraphError(WeftError, ValueError):
+    """A computation graph that no planner could use; the message names the operator."""
+
+
 class UnsupportedError(WeftError, NotImplementedError):
     """Something valid that Weft does not do; the message lists what it does."""
 

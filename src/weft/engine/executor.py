@@ -1,0 +1,37 @@
+"""The seam between deciding and doing: one protocol, implemented in `runtime` and in `sim`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from weft.engine.batch import Batch, ExecutorInfo, StepResult
+
+
+class BatchExecutor(Protocol):
+    """Runs batches in the order of their submission; several may be in flight."""
+
+    @property
+    def info(self) -> ExecutorInfo:
+        """Pages, groups and slots that a policy may hand out."""
+        ...
+
+    @property
+    def max_in_flight(self) -> int:
+        """Batches that may be submitted before the oldest is collected; at least 1."""
+        ...
+
+    def submit(self, batch: Batch) -> None:
+        """Start a batch; returns before its result is known.
+
+        Raises:
+            UnsupportedError: the batch holds a segment kind that this executor lacks.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest batch that was submitted and not collected."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and threads; idempotent."""
+        ...
