@@ -1,8 +1,8 @@
 """What crosses between a policy and an executor: Batch down, StepResult up.
 
-A batch is a list of segments, one row each, of whatever kind. Rows and tokens are columns of NumPy
-arrays, never one object a token, so that a batch costs the same to build, to ship to another process
-and to upload. There are no tensors and no live objects in here.
+A batch is a list of segments, one row each, of whatever kind. Rows and tokens are columns of
+NumPy arrays, never one object a token, so that a batch costs the same to build, to ship to another
+process and to upload. There are no tensors and no live objects in here.
 
 Shape legend: R rows (segments), T tokens, G cache groups, S sampled rows, P pages of a table,
 K tokens sampled for a row, N likeliest tokens reported, V vocabulary.
@@ -53,7 +53,7 @@ class AdapterRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheGroup:
-    """The layers with equal bytes per token and equal window; each sequence has one table a group."""
+    """Layers with equal bytes per token and equal window; a sequence has one page table a group."""
 
     layers: tuple[int, ...]
     page_tokens: int
@@ -66,7 +66,7 @@ class CacheGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutorInfo:
-    """What a policy must know of an executor: plain numbers, so that policies are built from ints."""
+    """What a policy must know of an executor: plain numbers only."""
 
     num_pages: int
     """Pages of the arena, the null page included."""
@@ -150,7 +150,7 @@ class Batch:
     page_moves: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))
     """[.., 2] pages copied whole, source to target, before the rows run."""
     ancestor_masks: npt.NDArray[np.uint8] | None = None
-    """[T, bytes] bit j of a VERIFY token: it sees token j of its row; None where no row is a tree."""
+    """[T, bytes] bit j of a VERIFY token: it sees token j of its row; None without trees."""
     logits_masks: npt.NDArray[np.uint32] | None = None
     """[S, ceil(V/32)] bit set where a token is allowed; None allows all."""
     finetune: tuple[FinetuneSegment, ...] = ()
@@ -168,7 +168,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledLogprobs:
-    """Log-probabilities of sampled tokens, of the model's distribution before any transformation."""
+    """Log-probabilities of sampled tokens under the model's own distribution."""
 
     chosen: Float32
     """[S, K]; NaN where the row did not ask."""
@@ -182,7 +182,7 @@ class SampledLogprobs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptLogprobs:
-    """Log-probabilities of the prompt tokens at positions [begin, begin + n) of one row's sequence."""
+    """Log-probabilities of prompt tokens [begin, begin + n) of one row's sequence."""
 
     row: int
     begin: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from weft.engine.batch import AdapterRef
 from weft.engine.sampling import SamplingParams
 
@@ -48,9 +50,11 @@ class TokenLogprobs:
     """(token id, logprob), likeliest first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceUpdate:
-    """News of one choice of one request from one iteration."""
+class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """News of one choice of one request from one iteration.
+
+    A msgspec struct, not a dataclass: hundreds are made in every iteration, ten times as fast.
+    """
 
     request_id: str
     choice: int

@@ -14,7 +14,7 @@ from weft.base.errors import InvalidRequestError
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 _GREEDY_EPSILON = 1e-5
-"""Temperatures below this are greedy: dividing by them overflows float32 (vLLM has the same rule)."""
+"""Temperatures below this are greedy: dividing by them overflows float32 (as in vLLM)."""
 
 
 def _require(condition: bool, param: str, message: str) -> None:
@@ -138,7 +138,7 @@ class SamplingParams:
             f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed",
         )
         _require(
-            all(isinstance(text, str) and text for text in self.stop),
+            all(self.stop),
             "stop",
             "stop holds an empty string; every stop string needs at least one character",
         )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 T = TypeVar("T")
 
 
 def _encode(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        array = np.ascontiguousarray(value)
+        array = np.ascontiguousarray(cast("npt.NDArray[Any]", value))
         return (array.dtype.str, array.shape, array.data if array.size else b"")
     if isinstance(value, np.generic):
-        return value.item()
+        return cast("np.generic", value).item()
     raise TypeError(f"{type(value).__name__} may not cross a process border")
 
 

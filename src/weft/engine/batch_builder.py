@@ -1,0 +1,131 @@
+"""From scheduled spans of sequences to the columns of a Batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from weft.engine.batch import (
+    UNKNOWN_TOKEN,
+    AdapterRef,
+    Batch,
+    ExecutorInfo,
+    Int32,
+    Int64,
+    SegmentKind,
+    SequenceStart,
+)
+from weft.engine.kv_cache import KvCache
+from weft.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Tokens [begin, begin + count) of a sequence, scheduled into one batch."""
+
+    sequence: Sequence
+    begin: int
+    count: int
+    samples: bool
+    """The span reaches the last token, so that its logits give the next one."""
+    epoch: int
+    """The sequence's life in which it was scheduled."""
+
+
+def _tokens(span: Span) -> Seq[int]:
+    known = span.sequence.tokens
+    end = span.begin + span.count
+    if end <= len(known):
+        return known[span.begin : end]
+    return [*known[span.begin :], *[UNKNOWN_TOKEN] * (end - max(span.begin, len(known)))]
+
+
+def _span_tokens(spans: Seq[Span], num_decodes: int) -> Int32:
+    """[T] token ids; decodes take the short way, as there may be hundreds of them."""
+    first = [
+        sequence.tokens[span.begin] if span.begin < len(sequence.tokens) else UNKNOWN_TOKEN
+        for span in spans[:num_decodes]
+        for sequence in (span.sequence,)
+    ]
+    rest = chain.from_iterable(_tokens(span) for span in spans[num_decodes:])
+    return np.fromiter(chain(first, rest), np.int32)
+
+
+def build_batch(
+    batch_id: int,
+    spans: Seq[Span],
+    num_decodes: int,
+    *,
+    kv: KvCache,
+    info: ExecutorInfo,
+    starts: Seq[SequenceStart],
+    freed_slots: Seq[int],
+) -> Batch:
+    """Lay out `spans`, of which the first `num_decodes` carry one token each, as one batch."""
+    num_rows = len(spans)
+    slots = np.fromiter((span.sequence.slot for span in spans), np.int32, num_rows)
+    begins = np.fromiter((span.begin for span in spans), np.int32, num_rows)
+    counts = np.fromiter((span.count for span in spans), np.int32, num_rows)
+    row_starts = np.zeros(num_rows + 1, np.int32)
+    np.cumsum(counts, out=row_starts[1:])
+    rows = np.repeat(np.arange(num_rows, dtype=np.int32), counts)
+    positions = np.arange(row_starts[-1], dtype=np.int32) + (begins - row_starts[:-1])[rows]
+
+    tables: list[Int32] = []
+    write_slots: list[Int64] = []
+    longest = int((begins + counts).max())
+    for group, table in zip(info.groups, kv.tables, strict=True):
+        pages = table[slots, : -(-longest // group.page_tokens)]
+        index, offset = np.divmod(positions, group.page_tokens)
+        tables.append(pages)
+        write_slots.append(pages[rows, index].astype(np.int64) * group.page_tokens + offset)
+
+    kinds = np.full(num_rows, SegmentKind.PREFILL, np.uint8)
+    kinds[:num_decodes] = SegmentKind.DECODE
+    layers = np.zeros((num_rows, 2), np.int16)
+    layers[:, 1] = info.num_layers
+    adapters, adapter_refs = _adapters(spans)
+    return Batch(
+        batch_id=batch_id,
+        kinds=kinds,
+        slots=slots,
+        row_starts=row_starts,
+        layers=layers,
+        adapters=adapters,
+        models=np.zeros(num_rows, np.uint8),
+        token_ids=_span_tokens(spans, num_decodes),
+        positions=positions,
+        prefix_lens=positions + np.int32(1),
+        page_tables=tuple(tables),
+        write_slots=tuple(write_slots),
+        sample_rows=np.array([r for r, span in enumerate(spans) if span.samples], np.int32),
+        prompt_logprob_rows=np.array(
+            [r for r, span in enumerate(spans) if _reports_prompt(span)], np.int32
+        ),
+        adapter_refs=adapter_refs,
+        starts=tuple(starts),
+        freed_slots=np.array(freed_slots, np.int32),
+    )
+
+
+def _reports_prompt(span: Span) -> bool:
+    """Whether the span holds a prompt token whose successor's log-probability is still owed."""
+    sequence = span.sequence
+    if not sequence.wants_prompt_logprobs:
+        return False
+    # The token at position p reports on p + 1, so that the last prompt token reports nothing.
+    last = min(span.begin + span.count, sequence.num_prompt - 1)
+    return last > max(span.begin, sequence.num_prompt_logprobs_done)
+
+
+def _adapters(spans: Seq[Span]) -> tuple[Int32, tuple[AdapterRef, ...]]:
+    index: dict[AdapterRef, int] = {}
+    column = np.full(len(spans), -1, np.int32)
+    for row, span in enumerate(spans):
+        adapter = span.sequence.request.adapter
+        if adapter is not None:
+            column[row] = index.setdefault(adapter, len(index))
+    return column, tuple(index)
