@@ -1,0 +1,67 @@
+"""What an engine is built from, and what it says of itself once it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weft.base.errors import ConfigError
+
+RUNTIME_BUILDER = "weft.serve.model_builder:build"
+"""Builds the executor that runs a model directory on this machine's devices."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Settings of one engine; None and "auto" are resolved once, when it is built.
+
+    Raises:
+        ConfigError: a number is below its least useful value.
+    """
+
+    model: str
+    """A model directory, or a hub id where a hub is reachable."""
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    seed: int = 0
+    num_threads: int | None = None
+    enable_prefix_caching: bool = True
+    trace_path: str | None = None
+    """Where the Perfetto trace of every iteration is written when the engine closes."""
+    builder: str = RUNTIME_BUILDER
+    """`module:function` from an `EngineConfig` to a `BuiltExecutor`, imported in the engine."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "num_threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInfo:
+    """A ready engine's resolved settings."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    """Width of the logits; token ids in prompts must be below it."""
+    dtype: str
+    device: str
+    num_pages: int
+    page_bytes: int
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Size of the whole arena."""
+        return self.num_pages * self.page_bytes
