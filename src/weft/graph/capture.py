@@ -1,0 +1,439 @@
+"""Capture: any exportable nn.Module becomes a Graph, on meta or fake tensors, at no memory.
+
+The only file of this room that uses torch. `torch.export` runs the module and its loss once,
+symbolically, with a dynamic batch; every aten operator is recorded (`weft.graph.recorder`), priced
+(`weft.graph.aten`, which also states the saved-for-backward rule) and lowered to operators per
+sample (`weft.graph.lowering`). Views, casts to the same dtype and inactive dropout cost nothing and
+are no operators.
+
+Operator ids are `module path:ordinal` (ordinal among the operators that the module itself runs); a
+module that is called again has `@k` after the part of its path that repeats. They depend on the
+model's code alone, so they are equal in every process.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from weft.base.errors import ConfigError, UnsupportedError
+from weft.graph.aten import SHAPE_ONLY, VIEWS, Operand
+from weft.graph.graph import Graph, Parameter
+from weft.graph.lowering import LOSS_PATH, Recording, lower
+from weft.graph.recorder import Origin, Recorder, Value
+
+Loss = Callable[..., "Tensor | Mapping[str, Tensor]"]
+"""`loss(output, *targets)`: one scalar, or one per task by name."""
+
+
+class CaptureError(UnsupportedError):
+    """A module that cannot be captured; the message holds torch.export's reason and the path."""
+
+
+def capture(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    *,
+    loss: Loss | None = None,
+    targets: tuple[Any, ...] = (),
+    batch_axes: int | Sequence[int | None] = 0,
+    training: bool = True,
+    name: str = "",
+) -> Graph:
+    """The computation graph of one training step of `module`, all figures per sample.
+
+    `example_inputs` are positional (tuple) or keyword (mapping) arguments with a batch of at least
+    2; shapes matter, values do not, and a module on the meta device needs no memory. `batch_axes`
+    is the batch axis of every input and target tensor, or one entry for each, None where a tensor
+    has none. `loss(output, *targets)` returns a scalar, or a mapping of task name to scalar for
+    several losses. Without it the module's own loss is used (its scalar output, or a field named
+    `loss`), else the mean of its floating outputs (of `logits` where there is such a field).
+    With `training=False` the module runs in eval mode and nothing is saved or differentiated.
+
+    Raises CaptureError with torch.export's reason and the module's path when export fails,
+    GraphError when trainable parameters reach no loss, ConfigError for a bad example batch.
+    """
+    if isinstance(example_inputs, Tensor):
+        raise ConfigError(
+            "example_inputs is a tensor; pass a tuple of positional arguments or a mapping of "
+            "keyword arguments, as in capture(module, (x,))"
+        )
+    args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    wrapper = _Trained(module, loss if training else None, training)
+    inputs = (args, kwargs, tuple(targets) if training else ())
+    if any(p.is_meta for p in module.parameters()):
+        inputs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
+    batch, shapes = _batch(inputs, batch_axes)
+    with _mode(module, training):
+        program = _export(wrapper, inputs, shapes)
+    walker = _Walker(program, module, training)
+    outputs = walker.run()
+    losses = {}
+    if training:
+        tasks = wrapper.tasks
+        losses = dict(zip(tasks, outputs[: len(tasks)], strict=True))
+        outputs = outputs[len(tasks) :]
+    return lower(
+        Recording(
+            name=name or type(module).__name__,
+            recorder=walker.recorder,
+            outputs=tuple(outputs),
+            losses=losses,
+            parameters=walker.parameters,
+            batch=batch,
+            dtype=walker.main_dtype,
+        )
+    )
+
+
+class _Trained(nn.Module):
+    """A module followed by its loss; returns (losses..., floating outputs...)."""
+
+    def __init__(self, module: nn.Module, loss: Loss | None, training: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = _LossPart(loss)
+        self.with_loss = training
+        self.tasks: tuple[str, ...] = ()
+
+    def forward(self, args: Any, kwargs: Any, targets: Any) -> tuple[Tensor, ...]:
+        output = self.module(*args, **kwargs)
+        tensors = [
+            leaf
+            for leaf in pytree.tree_leaves(output)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        if not self.with_loss:
+            return tuple(tensors)
+        losses = self.loss(output, targets)
+        self.tasks = tuple(losses)
+        return (*losses.values(), *tensors)
+
+
+class _LossPart(nn.Module):
+    def __init__(self, function: Loss | None) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, output: Any, targets: Any) -> dict[str, Tensor]:
+        found = _default_loss(output) if self.function is None else self.function(output, *targets)
+        losses = dict(found) if isinstance(found, Mapping) else {"": found}
+        for task, value in losses.items():
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ConfigError(
+                    f"loss {task!r} is {shape}, not a scalar; reduce it, for example with .mean()"
+                )
+        return losses
+
+
+def _default_loss(output: Any) -> Tensor:
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    logits = getattr(output, "logits", None)
+    leaves = [logits] if isinstance(logits, Tensor) else pytree.tree_leaves(output)
+    floating = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    if not floating:
+        raise ConfigError("the module returns no floating tensor to make a loss of; pass `loss`")
+    if len(floating) == 1 and floating[0].dim() == 0:
+        return floating[0]
+    return torch.stack([x.float().mean() for x in floating]).sum()
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    before = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, flag in before:
+            m.training = flag
+
+
+def _batch(inputs: Any, batch_axes: int | Sequence[int | None]) -> tuple[int, Any]:
+    """Samples in the example, and the `dynamic_shapes` that torch.export takes for `inputs`."""
+    leaves, spec = pytree.tree_flatten(inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    axes = [batch_axes] * len(tensors) if isinstance(batch_axes, int) else list(batch_axes)
+    if len(axes) != len(tensors):
+        raise ConfigError(
+            f"batch_axes has {len(axes)} entries for {len(tensors)} input and target tensors; "
+            "give one for each, or one int for all"
+        )
+    batch = 0
+    shapes: list[Any] = []
+    remaining = iter(axes)
+    for leaf in leaves:
+        axis = next(remaining) if isinstance(leaf, Tensor) else None
+        if axis is None or leaf.dim() == 0:
+            shapes.append(None)
+            continue
+        if not -leaf.dim() <= axis < leaf.dim():
+            raise ConfigError(
+                f"batch axis {axis} is out of range for an input of shape {tuple(leaf.shape)}"
+            )
+        batch = batch or leaf.shape[axis]
+        if leaf.shape[axis] < 2:
+            raise ConfigError(
+                f"an example input of shape {tuple(leaf.shape)} has batch {leaf.shape[axis]} on "
+                f"axis {axis}; use at least 2, so that export keeps the batch dynamic"
+            )
+        shapes.append({axis % leaf.dim(): Dim.AUTO})
+    if not batch:
+        raise ConfigError("no example input has a batch axis; set batch_axes")
+    return batch, pytree.tree_unflatten(shapes, spec)
+
+
+def _export(wrapper: _Trained, inputs: Any, shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(wrapper, inputs, dynamic_shapes=shapes, strict=False)
+    except ConfigError:
+        raise
+    except Exception as error:
+        where = _failing_module(wrapper.module, error)
+        reason = str(error).strip().split("\n\n")[0]
+        raise CaptureError(
+            f"torch.export cannot export module {where}: {type(error).__name__}: {reason} "
+            "(remove the data-dependent step, or capture the parts around it)"
+        ) from error
+
+
+def _failing_module(module: nn.Module, error: BaseException) -> str:
+    """Path and class of the innermost module whose forward is on the error's traceback."""
+    paths = {id(m): path for path, m in module.named_modules()}
+    found = (repr("") if not paths else f"'' ({type(module).__name__})").replace("''", "'.'")
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in paths:
+            found = f"{paths[id(owner)] or '.'!r} ({type(owner).__name__})"
+        trace = trace.tb_next
+    return found
+
+
+class _Walker:
+    """Replays an exported program node by node into a Recorder."""
+
+    def __init__(self, program: ExportedProgram, module: nn.Module, training: bool) -> None:
+        self.program = program
+        self.recorder = Recorder()
+        self.training = training
+        self._copies: dict[tuple[Any, ...], bool] = {}
+        self._canonical: dict[str, str] = {}
+        self.parameters: dict[str, Parameter] = {}
+        first: dict[int, str] = {}
+        elements: dict[str, int] = {}
+        for path, tensor in module.named_parameters(remove_duplicate=False):
+            param_id = first.setdefault(id(tensor), path)
+            self._canonical[path] = param_id
+            dtype = _dtype_name(tensor.dtype)
+            elements[dtype] = elements.get(dtype, 0) + tensor.numel()
+            self.parameters[param_id] = Parameter(
+                id=param_id,
+                num_elements=tensor.numel(),
+                dtype=dtype,
+                trainable=training and tensor.requires_grad,
+            )
+        self.main_dtype = max(elements, key=lambda d: elements[d]) if elements else "float32"
+
+    def run(self) -> list[Value]:
+        """Record every node; returns the values of the program's outputs."""
+        specs = self.program.graph_signature.input_specs
+        placeholders = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        inputs = [
+            self._placeholder(node, spec.kind.name, spec.target or "")
+            for node, spec in zip(placeholders, specs, strict=True)
+        ]
+        results = self._run_graph(self.program.graph_module, inputs, grad_enabled=self.training)
+        # Buffers that the module updates (BatchNorm's statistics) come before the user's outputs.
+        kinds = [spec.kind.name for spec in self.program.graph_signature.output_specs]
+        wanted = [r for r, kind in zip(results, kinds, strict=True) if kind == "USER_OUTPUT"]
+        return [value for value in wanted if isinstance(value, Value)]
+
+    def _placeholder(self, node: Node, kind: str, target: str) -> Any:
+        tensor = node.meta.get("val")
+        if not isinstance(tensor, Tensor):
+            return tensor
+        operand = _operand(tensor, node)
+        if kind == "PARAMETER":
+            param_id = self._canonical[target.removeprefix("module.")]
+            trainable = self.parameters[param_id].trainable
+            operand = _operand(tensor, node, needs_grad=trainable)
+            return self.recorder.new_value(Origin.WEIGHT, operand, param_ids=(param_id,))
+        origin = Origin.INPUT if kind == "USER_INPUT" else Origin.CONSTANT
+        return self.recorder.new_value(origin, operand)
+
+    def _run_graph(
+        self, graph_module: GraphModule, inputs: Sequence[Any], *, grad_enabled: bool
+    ) -> list[Any]:
+        env: dict[Node, Any] = {}
+        remaining = iter(inputs)
+        for node in graph_module.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(remaining)
+            elif node.op == "get_attr":
+                env[node] = self._attribute(graph_module, node)
+            elif node.op == "call_function":
+                env[node] = self._call(node, env, grad_enabled)
+            elif node.op == "output":
+                return [env[a] if isinstance(a, Node) else a for a in node.args[0]]
+        return []
+
+    def _attribute(self, graph_module: GraphModule, node: Node) -> Any:
+        owner: Any = graph_module
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part)
+        if isinstance(owner, Tensor):
+            return self.recorder.new_value(Origin.CONSTANT, _operand(owner, node))
+        return owner
+
+    def _call(self, node: Node, env: dict[Node, Any], grad_enabled: bool) -> Any:
+        arguments = pytree.tree_map_only(Node, env.__getitem__, (node.args, node.kwargs))
+        if node.target is operator.getitem:
+            return arguments[0][0][arguments[0][1]]
+        leaves = pytree.tree_leaves(arguments)
+        parts = [leaf for leaf in leaves if isinstance(leaf, GraphModule)]
+        if parts:
+            return self._region(node, parts, arguments[0], grad_enabled)
+        outputs = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+        reads = [self.recorder.current(leaf) for leaf in leaves if isinstance(leaf, Value)]
+        if not outputs:
+            return node.meta.get("val")
+        values = self._operator(node, arguments[0], reads, outputs, grad_enabled)
+        if isinstance(node.meta["val"], Tensor):
+            return values[0]
+        spec = pytree.tree_structure(node.meta["val"])
+        remaining = iter(values)
+        return pytree.tree_unflatten(
+            [
+                next(remaining) if isinstance(v, Tensor) else v
+                for v in pytree.tree_leaves(node.meta["val"])
+            ],
+            spec,
+        )
+
+    def _region(
+        self, node: Node, parts: list[GraphModule], args: tuple[Any, ...], grad_enabled: bool
+    ) -> Any:
+        """Inline a sub-graph (a no-grad or autocast region, a checkpointed function)."""
+        target = str(node.target)
+        if len(parts) != 1:
+            raise CaptureError(
+                f"module {_module_path(node) or '.'!r} branches on data ({target}), so its cost "
+                "depends on values; capture one branch, or replace the control flow"
+            )
+        if "set_grad_enabled" in target:
+            grad_enabled = grad_enabled and bool(args[0])
+        position = next(i for i, a in enumerate(args) if isinstance(a, GraphModule))
+        return tuple(self._run_graph(parts[0], args[position + 1 :], grad_enabled=grad_enabled))
+
+    def _operator(
+        self,
+        node: Node,
+        args: tuple[Any, ...],
+        reads: list[Value],
+        outputs: list[Tensor],
+        grad_enabled: bool,
+    ) -> Sequence[Value]:
+        target = node.target
+        name = getattr(getattr(target, "_schema", None), "name", str(target)).split("::")[-1]
+        operands = [_operand(t, node) for t in outputs]
+        if name in SHAPE_ONLY:
+            return [self.recorder.new_value(Origin.CONSTANT, o) for o in operands]
+        if reads and self._is_view(name, node, args, outputs):
+            detached = name in ("detach", "detach_") or not grad_enabled
+            return [self.recorder.view(reads[0], o, detached=detached) for o in operands]
+        schema = getattr(target, "_schema", None)
+        first = schema.arguments[0].alias_info if schema and schema.arguments else None
+        return self.recorder.call(
+            name.removesuffix("_"),
+            _module_path(node),
+            reads,
+            operands,
+            grad_enabled=grad_enabled,
+            in_place=bool(first and first.is_write),
+            equation=args[0] if name == "einsum" else "",
+        )
+
+    def _is_view(self, name: str, node: Node, args: tuple[Any, ...], outputs: list[Tensor]) -> bool:
+        if name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout"):
+            return not (args[1] > 0 and args[2])
+        source = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
+        if name not in VIEWS or not isinstance(source, Tensor):
+            return False
+        if name in ("to", "type_as"):
+            return source.dtype == outputs[0].dtype
+        if name == "contiguous":
+            return source.is_contiguous()
+        if name in ("reshape", "flatten", "_unsafe_view", "view"):
+            return not self._reshape_copies(source, outputs[0])
+        return True
+
+    def _reshape_copies(self, source: Tensor, output: Tensor) -> bool:
+        key = (_sizes(source.shape), _sizes(source.stride()), _sizes(output.shape))
+        if key not in self._copies:
+            # torch itself knows when a reshape can be a view; a meta tensor asks it for free.
+            empty = torch.empty_strided(key[0], key[1], device="meta")
+            try:
+                empty.view(key[2])
+                self._copies[key] = False
+            except RuntimeError:
+                self._copies[key] = True
+        return self._copies[key]
+
+
+def _sizes(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Concrete sizes at the example batch."""
+    return tuple(int(s) if isinstance(s, int) else int(cast(Any, s).node.hint) for s in shape)
+
+
+def _operand(tensor: Tensor, node: Node, *, needs_grad: bool = False) -> Operand:
+    try:
+        shape = _sizes(tensor.shape)
+    except TypeError:
+        raise CaptureError(
+            f"module {_module_path(node) or '.'!r} makes a tensor whose size depends on data "
+            f"({node.target}: {tuple(tensor.shape)}), so it has no cost per sample; pad to a "
+            "fixed size, or capture the parts around it"
+        ) from None
+    return Operand(
+        shape=shape,
+        itemsize=tensor.dtype.itemsize,
+        floating=tensor.is_floating_point() or tensor.is_complex(),
+        needs_grad=needs_grad,
+    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _module_path(node: Node) -> str:
+    """Path of the module that ran this node, `@k` marking where its k-th further call begins."""
+    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    label, before, calls = "", "", "0"
+    for key, (path, _) in stack.items():
+        if not path.startswith(before):
+            continue
+        label += path[len(before) :]
+        before = path
+        call = key.rpartition("@")[2] if "@" in key else "0"
+        if call != calls and call != "0":
+            label += f"@{call}"
+        calls = call
+    if label == "module" or not label:
+        return ""
+    if label.startswith("loss"):
+        return LOSS_PATH
+    return label.removeprefix("module.")
