@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.base.errors import ConfigError
+from weft.model.kernels import cpu_linear
 
 
 @runtime_checkable
@@ -54,6 +55,14 @@ class LinearWeight(Protocol):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to y [..., N], bias added."""
+        ...
+
+    def forward_add(self, x: Tensor, addend: Tensor) -> Tensor:
+        """`forward(x) + addend`: how a block ends on the residual stream [..., N]."""
+        ...
+
+    def forward_silu_mul(self, x: Tensor) -> Tensor:
+        """For stacked gate and up weights [2F, K]: silu(gate(x)) · up(x), [..., F]."""
         ...
 
     def grad_input(self, dy: Tensor) -> Tensor:
@@ -124,6 +133,13 @@ class DenseLinear:
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
 
+    def forward_add(self, x: Tensor, addend: Tensor) -> Tensor:
+        return self.forward(x) + addend
+
+    def forward_silu_mul(self, x: Tensor) -> Tensor:
+        gate, up = self.forward(x).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
     def grad_input(self, dy: Tensor) -> Tensor:
         return dy @ self._weight
 
@@ -134,10 +150,38 @@ class DenseLinear:
         return self._weight
 
 
+class CpuLinear(DenseLinear):
+    """`DenseLinear` whose products take the native CPU kernels where these are the faster path.
+
+    The storage is the same [N, K] tensor: no packed copy. On the native path a row's result does
+    not depend, in any bit, on the other rows.
+    """
+
+    __slots__ = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu_linear.linear(x, self._weight, self._bias)
+
+    def forward_add(self, x: Tensor, addend: Tensor) -> Tensor:
+        """`forward(x) + addend`, rounded once where no bias is in the way."""
+        if self._bias is not None:
+            return self.forward(x) + addend
+        return cpu_linear.linear_add(x, self._weight, addend)
+
+    def forward_silu_mul(self, x: Tensor) -> Tensor:
+        """For stacked gate and up weights [2F, K]: silu(gate(x)) · up(x), [..., F]."""
+        if self._bias is not None:
+            return super().forward_silu_mul(x)
+        return cpu_linear.linear_silu_mul(x, self._weight)
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> LinearWeight:
     """Build the fastest `LinearWeight` for this weight's device and dtype.
 
     The weight is adopted: it may be kept as it is or repacked, so the caller should drop its own
     reference. `pack=False` always gives `DenseLinear`.
     """
+    is_native = weight.device.type == "cpu" and cpu_linear.storage_of(weight.dtype) is not None
+    if pack and is_native and weight.is_contiguous():
+        return CpuLinear(weight, bias)
     return DenseLinear(weight, bias)

@@ -1,0 +1,164 @@
+"""The linear layer on the CPU: which path a product takes, and the calls into the kernels.
+
+Shape legend: M rows, K in_features, N out_features. W is the plain row-major [N, K] tensor: torch
+and the native kernels read the same storage, so nothing is packed and nothing is held twice.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import llvmlite.binding as llvm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.model.kernels.cpu_gemm import MAX_ROW_BLOCK, Epilogue, GemmSpec, emit_gemm
+from weft.model.kernels.cpu_ir import Isa, Storage
+from weft.model.kernels.cpu_team import NativeKernels, OpList, native_kernels
+
+_STORAGES = {
+    torch.float32: Storage.FLOAT32,
+    torch.bfloat16: Storage.BFLOAT16,
+    torch.float16: Storage.FLOAT16,
+}
+# Above this many rows weights stay in the cache between row blocks, and fetching ahead only costs.
+_MAX_FETCH_ROWS = 128
+_ROW_BLOCK_BYTES = 400_000
+
+
+def storage_of(dtype: torch.dtype) -> Storage | None:
+    """The kernels' name of a dtype, or None where they do not know it (float64, integers)."""
+    return _STORAGES.get(dtype)
+
+
+@functools.cache
+def max_native_rows(storage: Storage) -> int:
+    """The most rows for which the native kernel beats torch's own product on this processor.
+
+    A fixed rule by instruction set: torch's bfloat16 product wins from eight rows where it has AMX,
+    later where it has only AVX-512; its float32 product wins on long inputs where MKL is at home.
+    """
+    isa = Isa.detect()
+    if storage is Storage.FLOAT32:
+        return 1 << 40 if llvm.get_host_cpu_name().startswith("znver") else 192
+    if storage is Storage.FLOAT16:
+        return 64
+    if isa.has_amx_bf16:
+        return 7
+    return 64 if isa.has_bf16_dot else 16
+
+
+def _spec(native: NativeKernels, storage: Storage, epilogue: Epilogue, m: int, k: int) -> GemmSpec:
+    use_dot = storage is Storage.BFLOAT16 and native.isa.has_bf16_dot and k % 32 == 0
+    return GemmSpec(storage=storage, epilogue=epilogue, use_dot=use_dot, fetch=m <= _MAX_FETCH_ROWS)
+
+
+def can_run_native(x: Tensor, weight: Tensor, epilogue: Epilogue) -> bool:
+    """Whether the native kernel takes x [M, K] @ weight [N, K]ᵀ, and is the faster path for it."""
+    storage = storage_of(weight.dtype)
+    if storage is None or x.device.type != "cpu" or x.dtype != weight.dtype:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    num_rows, k = x.shape
+    num_outputs = weight.shape[0] // 2 if epilogue is Epilogue.SILU_MUL else weight.shape[0]
+    return (
+        0 < num_rows <= max_native_rows(storage)
+        and k % 16 == 0
+        and num_outputs >= 8
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+        and native_kernels() is not None
+    )
+
+
+def gemm_words(
+    x: Tensor, weight: Tensor, y: Tensor, extra: Tensor | None, epilogue: Epilogue
+) -> tuple[int, ...]:
+    """The kernel's argument words for one product."""
+    num_rows, k = x.shape
+    num_outputs = weight.shape[0] // 2 if epilogue is Epilogue.SILU_MUL else weight.shape[0]
+    fitting = _ROW_BLOCK_BYTES // (k * x.element_size()) // 6 * 6
+    return (
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        y.data_ptr(),
+        y.stride(0),
+        0 if extra is None else extra.data_ptr(),
+        num_rows,
+        num_outputs,
+        k,
+        max(6, min(MAX_ROW_BLOCK, fitting)),
+    )
+
+
+def run_gemm(
+    native: NativeKernels,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    *,
+    extra: Tensor | None = None,
+    epilogue: Epilogue = Epilogue.NONE,
+    into: OpList | None = None,
+) -> None:
+    """y = epilogue(x Wᵀ), now or as one more entry of `into`.
+
+    x [M, K], weight [N, K] (SILU_MUL: [2N, K], gates before ups), y [M, N]; `extra` is the bias [N]
+    or the addend [M, N] with y's row stride. The caller has asked `can_run_native`.
+    """
+    storage = _STORAGES[weight.dtype]
+    spec = _spec(native, storage, epilogue, x.shape[0], weight.shape[1])
+    kernel = native.address(spec.name, emit_gemm(spec))
+    words = gemm_words(x, weight, y, extra, epilogue)
+    if into is None:
+        native.team.run(kernel, *words)
+    else:
+        into.add(kernel, *words, keep=(x, weight, y, extra))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] to [..., N] by the faster of the native kernel and torch."""
+    epilogue = Epilogue.NONE if bias is None else Epilogue.BIAS
+    rows = x.reshape(-1, x.shape[-1])
+    native = native_kernels() if can_run_native(rows, weight, epilogue) else None
+    if native is None:
+        return F.linear(x, weight, bias)
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    run_gemm(native, rows, weight, y, extra=bias, epilogue=epilogue)
+    return y.view(*x.shape[:-1], -1)
+
+
+def linear_add(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+    """x Wᵀ + addend, rounded once: the end of an attention or feed-forward block.
+
+    x [..., K], addend [..., N].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    native = native_kernels() if can_run_native(rows, weight, Epilogue.ADD) else None
+    if native is None or not addend.is_contiguous() or addend.dtype != x.dtype:
+        return F.linear(x, weight) + addend
+    y = torch.empty_like(addend)
+    run_gemm(
+        native,
+        rows,
+        weight,
+        y.view(rows.shape[0], -1),
+        extra=addend,
+        epilogue=Epilogue.ADD,
+    )
+    return y
+
+
+def linear_silu_mul(x: Tensor, gate_up: Tensor) -> Tensor:
+    """silu(x Gᵀ) · (x Uᵀ) for gate_up = [G; U] of shape [2N, K]: x [..., K] to [..., N]."""
+    rows = x.reshape(-1, x.shape[-1])
+    native = native_kernels() if can_run_native(rows, gate_up, Epilogue.SILU_MUL) else None
+    if native is None:
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.silu(gate) * up
+    y = rows.new_empty(rows.shape[0], gate_up.shape[0] // 2)
+    run_gemm(native, rows, gate_up, y, epilogue=Epilogue.SILU_MUL)
+    return y.view(*x.shape[:-1], -1)

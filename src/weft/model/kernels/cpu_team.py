@@ -1,0 +1,248 @@
+"""Compiles kernels in memory and runs them on torch's own OpenMP thread team.
+
+A second pool of threads would spin against torch's on the same cores and both would crawl, so the
+launcher below asks the OpenMP runtime that torch has already loaded (`GOMP_parallel`, exported by
+libgomp and by the Intel and LLVM runtimes) for the very team that torch's operators run on.
+
+A launch runs a list of kernels, one after the other with a barrier between, in a single parallel
+region: entering one costs a few microseconds, a barrier a fraction of one. `OpList` holds such a
+list; a decode step of a small model is one launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+
+from weft.base.errors import WeftError
+from weft.model.kernels.cpu_ir import Builder, Isa, Val, define_kernel
+
+_log = logging.getLogger(__name__)
+
+_OPENMP_LIBRARIES = ("libgomp", "libiomp5", "libomp")
+_ENTRY_POINTS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+
+# `launch(ops, num_ops, num_threads)`: each op is a pair (kernel, args). One thread needs no team.
+_LAUNCHER_IR = """
+define void @run_ops(ptr %ops, i64 %num_ops, i64 %thread, i64 %num_threads) {{
+entry:
+  %is_alone = icmp eq i64 %num_threads, 1
+  br label %loop
+loop:
+  %index = phi i64 [ 0, %entry ], [ %next, %joined ]
+  %op = getelementptr {{ ptr, ptr }}, ptr %ops, i64 %index
+  %kernel = load ptr, ptr %op
+  %args_at = getelementptr {{ ptr, ptr }}, ptr %op, i64 0, i32 1
+  %args = load ptr, ptr %args_at
+  call void %kernel(ptr %args, i64 %thread, i64 %num_threads)
+  %next = add i64 %index, 1
+  %is_last = icmp sge i64 %next, %num_ops
+  %needs_no_barrier = or i1 %is_last, %is_alone
+  br i1 %needs_no_barrier, label %joined, label %barrier
+barrier:
+  call void inttoptr (i64 {GOMP_barrier} to ptr)()
+  br label %joined
+joined:
+  br i1 %is_last, label %end, label %loop
+end:
+  ret void
+}}
+
+define void @member(ptr %job) {{
+  %thread = call i32 inttoptr (i64 {omp_get_thread_num} to ptr)()
+  %size = call i32 inttoptr (i64 {omp_get_num_threads} to ptr)()
+  %thread_64 = zext i32 %thread to i64
+  %size_64 = zext i32 %size to i64
+  %ops = load ptr, ptr %job
+  %num_ops_at = getelementptr i64, ptr %job, i64 1
+  %num_ops = load i64, ptr %num_ops_at
+  call void @run_ops(ptr %ops, i64 %num_ops, i64 %thread_64, i64 %size_64)
+  ret void
+}}
+
+define void @launch(ptr %ops, i64 %num_ops, i64 %num_threads) {{
+  %is_alone = icmp eq i64 %num_threads, 1
+  br i1 %is_alone, label %alone, label %team
+alone:
+  call void @run_ops(ptr %ops, i64 %num_ops, i64 0, i64 1)
+  ret void
+team:
+  %job = alloca {{ ptr, i64 }}
+  store ptr %ops, ptr %job
+  %num_ops_at = getelementptr i64, ptr %job, i64 1
+  store i64 %num_ops, ptr %num_ops_at
+  %team_size = trunc i64 %num_threads to i32
+  call void inttoptr (i64 {GOMP_parallel} to ptr)(ptr @member, ptr %job, i32 %team_size, i32 0)
+  ret void
+}}
+"""
+
+
+class KernelsUnavailableError(WeftError, RuntimeError):
+    """Native CPU kernels cannot run here; callers use the torch twins instead."""
+
+
+def loaded_openmp(maps: str) -> list[str]:
+    """Paths of the OpenMP runtimes named in the text of a /proc/PID/maps, torch's own first."""
+    paths: dict[str, None] = {}
+    for line in maps.splitlines():
+        path = line[line.find("/") :] if "/" in line else ""
+        if Path(path).name.startswith(_OPENMP_LIBRARIES):
+            paths.setdefault(path)
+    return sorted(paths, key=lambda path: "/torch" not in path)
+
+
+def _openmp_entry_points() -> dict[str, int]:
+    """Addresses of the runtime that torch uses, or {} where there is none to share."""
+    if not torch.backends.openmp.is_available():
+        return {}
+    try:
+        paths = loaded_openmp(Path("/proc/self/maps").read_text())
+    except OSError:
+        return {}
+    # With two runtimes in the process we cannot tell whose team torch is on.
+    if len(paths) > 1 and "/torch" not in paths[0]:
+        return {}
+    for path in paths[:1]:
+        library = ctypes.CDLL(path)
+        try:
+            return {
+                name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+                for name in _ENTRY_POINTS
+            }
+        except AttributeError:
+            return {}
+    return {}
+
+
+class CompiledModule:
+    """Machine code of one LLVM module; keep it alive as long as an address of it is in use."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, text: str) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(),
+            features=llvm.get_host_cpu_features().flatten(),
+            opt=3,
+            codemodel="jitdefault",
+        )
+        module = llvm.parse_assembly(text)
+        module.triple = llvm.get_process_triple()
+        module.data_layout = str(machine.target_data)
+        tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+        # The kernels are vectors already; unrolling them again only costs compile time.
+        tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
+        passes = llvm.create_pass_builder(machine, tuning)
+        passes.getModulePassManager().run(module, passes)
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Where the function `name` starts."""
+        return self._engine.get_function_address(name)
+
+
+class Team:
+    """Runs compiled kernels on torch's threads."""
+
+    def __init__(self, openmp: dict[str, int]) -> None:
+        filled = {name: openmp.get(name, 0) for name in _ENTRY_POINTS}
+        self._code = CompiledModule(_LAUNCHER_IR.format(**filled))
+        self._is_shared = bool(openmp)
+        entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._launch = entry(self._code.address("launch"))
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that a launch uses: torch's own number, or 1 where its team is out of reach."""
+        return torch.get_num_threads() if self._is_shared else 1
+
+    def run(self, kernel: int, *args: int) -> None:
+        """Run one kernel; `args` are int64 words."""
+        words = (ctypes.c_int64 * len(args))(*args)
+        self.launch(struct.pack("2q", kernel, ctypes.addressof(words)), 1)
+
+    def launch(self, ops: bytes, num_ops: int) -> None:
+        """Run packed pairs (kernel address, address of its words)."""
+        self._launch(ops, num_ops, self.num_threads)
+
+
+class OpList:
+    """A list of kernels with their arguments, run in one parallel region with barriers between.
+
+    It holds on to the tensors whose addresses it was given, and reads and writes them in place: to
+    run the same work on new data, fill the same tensors and run it again.
+    """
+
+    __slots__ = ("_args", "_kept", "_ops", "_team")
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._ops: list[int] = []
+        self._args: list[ctypes.Array[ctypes.c_int64]] = []
+        self._kept: list[object] = []
+
+    def __len__(self) -> int:
+        return len(self._args)
+
+    def add(self, kernel: int, *args: int, keep: Sequence[object] = ()) -> None:
+        """Append one kernel; `keep` are the owners of the memory that `args` point to."""
+        words = (ctypes.c_int64 * len(args))(*args)
+        self._args.append(words)
+        self._ops += (kernel, ctypes.addressof(words))
+        self._kept.extend(keep)
+
+    def run(self) -> None:
+        """Run all of it; returns when the last kernel has ended."""
+        if self._args:
+            self._team.launch(struct.pack(f"{len(self._ops)}q", *self._ops), len(self._args))
+
+
+class NativeKernels:
+    """The kernels compiled so far, and the team that runs them."""
+
+    def __init__(self, team: Team, isa: Isa) -> None:
+        self.team = team
+        self.isa = isa
+        self._addresses: dict[str, int] = {}
+        self._modules: list[CompiledModule] = []
+        self._lock = threading.Lock()
+
+    def address(self, name: str, emit: Callable[[Builder, Val, Val, Val], None]) -> int:
+        """The address of a kernel, compiled on first use (about a tenth of a second)."""
+        known = self._addresses.get(name)
+        if known is not None:
+            return known
+        with self._lock:
+            if name not in self._addresses:
+                module = ir.Module(name)
+                define_kernel(module, name, self.isa, emit)
+                compiled = CompiledModule(str(module))
+                self._modules.append(compiled)
+                self._addresses[name] = compiled.address(name)
+            return self._addresses[name]
+
+
+@functools.cache
+def native_kernels() -> NativeKernels | None:
+    """This process's kernels, or None (with one warning) where they cannot run."""
+    try:
+        isa = Isa.detect()
+        if isa.lanes < 8:
+            raise KernelsUnavailableError("the processor has neither AVX2 nor AVX-512")
+        return NativeKernels(Team(_openmp_entry_points()), isa)
+    except (OSError, RuntimeError, ValueError) as error:
+        _log.warning("native CPU kernels are off (%s); plain torch runs instead", error)
+        return None
