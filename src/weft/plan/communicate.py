@@ -91,9 +91,9 @@ def _actions(
             table.receiver_micro_batch,
             table.sender_stage,
         )
-    position = np.zeros(max(schedule.devices, default=0) + 1, dtype=np.int64)
-    position[list(schedule.devices)] = np.arange(schedule.num_devices)
-    row = index.find(position[device], stage, micro_batch, table.backward.astype(np.int64))
+    row = index.find(
+        schedule.device_positions[device], stage, micro_batch, table.backward.astype(np.int64)
+    )
     if (row < 0).any():
         missing = int(np.argmax(row < 0))
         kind = ActionKind.B if table.backward[missing] else ActionKind.F

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from weft.cluster.cluster import Cluster
 from weft.plan.action import ActionKind
-from weft.plan.communicate import has_communication
-from weft.plan.compute_index import ComputeIndex, check_complete
-from weft.plan.messages import MessageTable, dependencies
+from weft.plan.compute_index import ComputeIndex
+from weft.plan.messages import MessageTable
 from weft.plan.program import CODE, Program
 from weft.plan.schedule import Schedule, ScheduleError
 from weft.plan.train_plan import TrainPlan
+from weft.plan.wiring import wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +75,8 @@ def lower(
     """
     _check_plan(plan, schedule)
     run = schedule.unrolled(num_steps)
-    index = ComputeIndex.of(run)
-    check_complete(run, index)
-    table = dependencies(run)
-    table = table.take(
-        ~table.backward
-        | (index.has_backward[table.sender_stage] & index.has_backward[table.receiver_stage])
-    )
-    position = _positions(run)
-    source = index.find(
-        position[table.sender], table.sender_stage, table.sender_micro_batch, table.backward
-    )
-    target = index.find(
-        position[table.receiver], table.receiver_stage, table.receiver_micro_batch, table.backward
-    )
-    (crossing,) = np.nonzero(table.crosses)
-    if has_communication(run):
-        sends, recvs = _communication_rows(run, index, table.take(crossing), position)
-        source[crossing], target[crossing] = sends, recvs
+    wiring = wire(run)
+    index, table, crossing = wiring.index, wiring.table, wiring.crossing
     barriers = _barriers(run, index)
     message = np.full(len(table) + len(barriers.source), -1, dtype=np.int64)
     message[crossing] = np.arange(len(crossing))
@@ -105,8 +89,8 @@ def lower(
         device=index.device,
         row_start=index.row_start,
         duration_s=np.concatenate([durations_s, np.zeros(barriers.count)]),
-        source=np.concatenate([source, barriers.source]),
-        target=np.concatenate([target, barriers.target]),
+        source=np.concatenate([wiring.source, barriers.source]),
+        target=np.concatenate([wiring.target, barriers.target]),
         delay_s=delay_s,
         message=message,
         messages=table.take(crossing),
@@ -139,12 +123,6 @@ def _check_plan(plan: TrainPlan, schedule: Schedule) -> None:
                 f"schedule {schedule.name!r}, but {plan.num_micro_batches(stage.index)} on "
                 f"{stage.devices} in the plan; generate the schedule from this plan"
             )
-
-
-def _positions(schedule: Schedule) -> NDArray[np.int64]:
-    position = np.full(max(schedule.devices, default=0) + 1, -1, dtype=np.int64)
-    position[list(schedule.devices)] = np.arange(schedule.num_devices)
-    return position
 
 
 def _durations_s(plan: TrainPlan, columns: Program, share: float) -> NDArray[np.float64]:
@@ -207,60 +185,3 @@ def _barriers(schedule: Schedule, index: ComputeIndex) -> _Barriers:
         source=np.concatenate([empty, *sources]),
         target=np.concatenate([empty, *targets]),
     )
-
-
-def _communication_rows(
-    schedule: Schedule, index: ComputeIndex, table: MessageTable, position: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The SEND and the RECV row of each message; ScheduleError names one that is missing."""
-    columns = index.columns
-    found: list[NDArray[np.int64]] = []
-    for kinds, device, stage, micro_batch, peer in (
-        (
-            (ActionKind.SEND_F, ActionKind.SEND_B),
-            *(table.sender, table.sender_stage, table.sender_micro_batch, table.receiver_stage),
-        ),
-        (
-            (ActionKind.RECV_F, ActionKind.RECV_B),
-            *(table.receiver, table.receiver_stage, table.receiver_micro_batch, table.sender_stage),
-        ),
-    ):
-        codes = [CODE[kind] for kind in kinds]
-        (rows,) = np.nonzero(np.isin(columns.kind, codes))
-        key = _communication_key(
-            schedule,
-            index.device[rows],
-            columns.stage[rows],
-            columns.micro_batch[rows],
-            columns.peer[rows],
-            columns.kind[rows] == codes[1],
-        )
-        wanted = _communication_key(
-            schedule, position[device], stage, micro_batch, peer, table.backward
-        )
-        order = np.argsort(key, kind="stable")
-        slot = np.minimum(np.searchsorted(key[order], wanted), max(len(order) - 1, 0))
-        missing = np.ones(len(wanted), dtype=bool)
-        if len(order):
-            missing = key[order][slot] != wanted
-        if missing.any():
-            row = int(np.argmax(missing))
-            raise ScheduleError(
-                f"action {stage[row]}{kinds[int(table.backward[row])]}{micro_batch[row]}"
-                f">{peer[row]} is missing on device {device[row]}"
-            )
-        found.append(rows[order][slot] if len(order) else rows)
-    return found[0], found[1]
-
-
-def _communication_key(
-    schedule: Schedule,
-    device: NDArray[np.integer],
-    stage: NDArray[np.integer],
-    micro_batch: NDArray[np.integer],
-    peer: NDArray[np.integer],
-    backward: NDArray[np.bool_],
-) -> NDArray[np.int64]:
-    key = device.astype(np.int64) * schedule.num_stages + stage
-    key = key * max(schedule.num_micro_batches) + micro_batch
-    return (key * schedule.num_stages + peer) * 2 + backward

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weft.base.errors import ConfigError
 from weft.plan.action import ActionKind, parse_action
@@ -113,6 +114,13 @@ class Schedule:
     def steps_in_epilogue(self) -> int:
         """Optimizer steps that the epilogue completes: 0, or 1 for a schedule without flushes."""
         return int(any(ActionKind.STEP in program.kinds for program in self.epilogue))
+
+    @cached_property
+    def device_positions(self) -> NDArray[np.int64]:
+        """Index into the programs by global device, -1 for devices that are not used."""
+        position = np.full(max(self.devices, default=0) + 1, -1, dtype=np.int64)
+        position[list(self.devices)] = np.arange(self.num_devices)
+        return position
 
     def program(self, device: int) -> Program:
         """The body of global device `device`."""
@@ -224,8 +232,8 @@ def parse_schedule(text: str) -> Schedule:
         else:
             raise ScheduleError(
                 f"line {number} of the schedule is {line!r}; expected "
-                f"'schedule NAME batch-size B', 'stage S devices D,D micro-batches M', 'edge S T forward-bytes N "
-                f"backward-bytes N' or 'body D: ACTION ...'"
+                f"'schedule NAME batch-size B', 'stage S devices D,D micro-batches M', "
+                f"'edge S T forward-bytes N backward-bytes N' or 'body D: ACTION ...'"
             )
     devices = tuple(sorted(parts["body"]))
     return Schedule(
