@@ -79,7 +79,7 @@ def capture(
     outputs = walker.run()
     losses = {}
     if training:
-        tasks = wrapper.tasks
+        tasks = wrapper.loss.tasks()
         losses = dict(zip(tasks, outputs[: len(tasks)], strict=True))
         outputs = outputs[len(tasks) :]
     return lower(
@@ -103,7 +103,6 @@ class _Trained(nn.Module):
         self.module = module
         self.loss = _LossPart(loss)
         self.with_loss = training
-        self.tasks: tuple[str, ...] = ()
 
     def forward(self, args: Any, kwargs: Any, targets: Any) -> tuple[Tensor, ...]:
         output = self.module(*args, **kwargs)
@@ -115,7 +114,6 @@ class _Trained(nn.Module):
         if not self.with_loss:
             return tuple(tensors)
         losses = self.loss(output, targets)
-        self.tasks = tuple(losses)
         return (*losses.values(), *tensors)
 
 
@@ -123,6 +121,10 @@ class _LossPart(nn.Module):
     def __init__(self, function: Loss | None) -> None:
         super().__init__()
         self.function = function
+        # A closure: torch.export puts back every attribute that forward changes.
+        seen: list[str] = []
+        self.note = seen.extend
+        self.tasks = lambda: tuple(dict.fromkeys(seen))
 
     def forward(self, output: Any, targets: Any) -> dict[str, Tensor]:
         found = _default_loss(output) if self.function is None else self.function(output, *targets)
@@ -133,6 +135,7 @@ class _LossPart(nn.Module):
                 raise ConfigError(
                     f"loss {task!r} is {shape}, not a scalar; reduce it, for example with .mean()"
                 )
+        self.note(losses)
         return losses
 
 

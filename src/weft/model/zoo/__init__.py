@@ -1,1 +1,1 @@
-"""Small definitions of branchy models for the planner and the trainer."""
+"""Models that the planner is shown on: small code, published shapes, all trainable."""
