@@ -97,9 +97,12 @@ def print_rows(rows: Sequence[Row], *, title: str) -> None:
             "" if row.target is None else f"{row.target:.2f}",
             met,
         )
-    # A table in a log file must not be cut to a terminal's width.
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table)
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """A table in a log file must not be cut to a terminal's width."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def write_json(path: Path, rows: Sequence[Row], machine: Mapping[str, str], **more: object) -> None:

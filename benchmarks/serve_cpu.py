@@ -30,7 +30,7 @@ from peers.roster import (
     worker_environment,
 )
 from rows import Row, describe_machine, print_rows, write_json
-from serve_rows import Measured, model_rows
+from serve_rows import Measured, model_rows, print_figures
 from workloads import Kind, Workload, draw_prompts, standard_workloads
 
 
@@ -67,9 +67,11 @@ def main() -> None:
             sitting.close()
         skipped += sitting.skipped
         raw[name] = sitting.measured.as_plain()
+        print_figures(sitting.measured, title=f"{name}: medians, {options.threads} threads")
         fresh = model_rows(model, sitting.measured, sitting.workloads)
         rows += fresh
-        print_rows(fresh, title=f"{name}: greedy, {options.threads} threads")
+        if fresh:
+            print_rows(fresh, title=f"{name}: ratios (above 1 is in our favour)")
     for agreement in agreements:
         print(agreement.describe())
     for line in skipped:
@@ -125,10 +127,9 @@ class Sitting:
                 if round_index >= workload.max_rounds:
                     continue
                 turns = [entrant for entrant in self.entrants if workload.admits(entrant.engine)]
-                for position in range(len(turns)):
-                    self._measure(
-                        turns[(position + round_index) % len(turns)], workload, round_index
-                    )
+                first = round_index % len(turns) if turns else 0
+                for entrant in turns[first:] + turns[:first]:
+                    self._measure(entrant, workload, round_index)
 
     def close(self) -> None:
         """End every worker."""
@@ -141,7 +142,7 @@ class Sitting:
         return Worker(
             module=engine.module,
             interpreter=interpreter,
-            environment=worker_environment(engine, self.options.threads),
+            environment=worker_environment(engine, interpreter, self.options.threads),
             log=self.options.cache / "logs" / f"{self.model.name}-{label}.log",
         )
 
@@ -214,15 +215,14 @@ def log(line: str) -> None:
 def parse_options() -> argparse.Namespace:
     """The command line; names are checked against what exists."""
     names = [engine.name for engine in ENGINES if engine.name != OURS]
+    peers = [name for name in names if not name.startswith(OURS)]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", type=_names, default=["embedded", "rand110"])
     parser.add_argument("--dtypes", type=_names, default=["float32", "bfloat16"])
     parser.add_argument("--batches", type=_counts, default=[1, 8, 32])
     parser.add_argument("--workloads", type=_names, default=[str(kind) for kind in Kind])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--peers", type=_names, default=[n for n in names if n != "weft-nocompiler"]
-    )
+    parser.add_argument("--peers", type=_names, default=peers, help="also: weft-nocompiler")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer's interpreter"
     )

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from bench_models import BenchModel
 from peers.roster import OURS
-from rows import Row, compare
+from rich.table import Table
+from rows import Row, compare, wide_console
 from workloads import Kind, Workload
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
@@ -35,6 +36,30 @@ class Measured:
             "read_bytes_per_s": list(self.read_bytes_per_s.values()),
             "gemm_flop_per_s": {k: list(r.values()) for k, r in self.gemm_flop_per_s.items()},
         }
+
+
+def print_figures(measured: Measured, *, title: str) -> None:
+    """Every engine's own median with its extremes, so that no ratio hides an absolute."""
+    names = list(dict.fromkeys(name for _, _, name in measured.values))
+    table = Table(title=title)
+    table.add_column("engine")
+    for name in names:
+        table.add_column(name, justify="right")
+    for engine, dtype in dict.fromkeys((engine, dtype) for engine, dtype, _ in measured.values):
+        cells: list[str] = []
+        for name in names:
+            values = list(measured.values.get((engine, dtype, name), {}).values())
+            is_rate = name.startswith((Kind.MIXED, "batch"))
+            cells.append(_spread(values, 1.0 if is_rate else 1000.0))
+        table.add_row(f"{engine} {dtype}", *cells)
+    wide_console().print(table, "tokens/s for batches; ms for ttft and prefill; median [low, high]")
+
+
+def _spread(values: Sequence[float], scale: float) -> str:
+    if not values:
+        return ""
+    scaled = [scale * value for value in values]
+    return f"{statistics.median(scaled):.4g} [{min(scaled):.4g}, {max(scaled):.4g}]"
 
 
 def model_rows(model: BenchModel, measured: Measured, workloads: Sequence[Workload]) -> list[Row]:

@@ -1,4 +1,8 @@
-"""onnxruntime-genai: a static, left-padded batch that runs until its longest member ends."""
+"""onnxruntime-genai: a static batch that runs until its longest member ends.
+
+Prompts of unequal length are padded on the right: its attention on CPU counts valid tokens from the
+left, and with padding on the left every shorter row came out wrong.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ class OrtGenaiEngine:
         total = longest + max(num_new_tokens)
         ids = np.full((len(prompts), longest), PAD_TOKEN_ID, dtype=np.int32)
         for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
+            ids[row, : len(prompt)] = prompt
         params = og.GeneratorParams(self._model)
         params.set_search_options(
             batch_size=len(prompts), max_length=total, min_length=total, do_sample=False

@@ -88,22 +88,36 @@ def find_interpreter(engine: Engine, given: Mapping[str, str]) -> str:
     return found
 
 
-def worker_environment(engine: Engine, num_threads: int) -> dict[str, str]:
-    """Threads and quietness; vLLM is told to compute on every core that it may use."""
-    threads = dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(num_threads)
-    )
-    environment = {**threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def worker_environment(engine: Engine, interpreter: str, num_threads: int) -> dict[str, str]:
+    """Threads, and no reaching for the network."""
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if engine.name == "vllm":
-        cores = sorted(os.sched_getaffinity(0))[:num_threads]
-        environment |= {
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
+        environment |= _vllm_environment(interpreter, num_threads)
+    else:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            environment[name] = str(num_threads)
     return environment | dict(engine.environment)
+
+
+def _vllm_environment(interpreter: str, num_threads: int) -> dict[str, str]:
+    """What made vLLM fastest here: every core, its own thread binding, Intel's OpenMP preloaded.
+
+    It counts its threads by the binding and warns of OMP_NUM_THREADS; it depends on intel-openmp
+    and asks for it in LD_PRELOAD (about a quarter more tokens/s at batch 1 and 8 on two cores).
+    """
+    cores = sorted(os.sched_getaffinity(0))[:num_threads]
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    # Not resolved: a virtual environment's interpreter is a link out of it.
+    openmp = Path(interpreter).parents[1] / "lib" / "libiomp5.so"
+    if openmp.exists():
+        environment["LD_PRELOAD"] = str(openmp)
+    return environment
 
 
 def engine_spec(
