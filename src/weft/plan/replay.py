@@ -7,7 +7,6 @@ to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,26 +160,29 @@ def _run_loop(tasks: TaskGraph, out: _Outgoing) -> tuple[NDArray[np.float64], in
     return np.array(ready_s), num_done
 
 
-def critical_path(tasks: TaskGraph, start_s: NDArray[np.float64]) -> Sequence[int]:
-    """Tasks of one longest path, first to last: each starts when the one before it allows it."""
-    end_s = start_s + tasks.duration_s
+def critical_path(
+    tasks: TaskGraph, end_s: NDArray[np.float64], arrival_s: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Tasks of one longest chain of waiting, first to last.
+
+    `arrival_s` says when each edge of the graph arrived, shape (number of edges,).
+    """
     order = np.argsort(tasks.target, kind="stable")
     first = np.searchsorted(tasks.target[order], np.arange(tasks.num_tasks + 1))
     before = np.full(tasks.num_tasks, -1, dtype=np.int64)
     following = tasks.next_task
     (has_after,) = np.nonzero(following >= 0)
     before[following[has_after]] = has_after
-    path = [int(np.argmax(end_s))]
-    while True:
+    path = [int(np.argmax(end_s))] if tasks.num_tasks else []
+    while path:
         task = path[-1]
         edges = order[first[task] : first[task + 1]]
-        sources = tasks.source[edges]
-        arrivals_s = end_s[sources] + tasks.delay_s[edges]
-        best, best_s = int(before[task]), -1.0
-        if best >= 0:
-            best_s = float(end_s[best])
-        if len(edges) and float(arrivals_s.max()) > best_s:
-            best = int(sources[int(np.argmax(arrivals_s))])
-        if best < 0:
-            return path[::-1]
-        path.append(best)
+        last, last_s = int(before[task]), -1.0
+        if last >= 0:
+            last_s = float(end_s[last])
+        if len(edges) and float(arrival_s[edges].max()) > last_s:
+            last = int(tasks.source[edges[int(np.argmax(arrival_s[edges]))]])
+        if last < 0:
+            break
+        path.append(last)
+    return np.array(path[::-1], dtype=np.int64)
