@@ -1,0 +1,384 @@
+"""What candidate stages cost: one memoised table that every planning method reads.
+
+A stage is priced from its operators alone, so that a search may compare stages without knowing
+where they will run: messages use the slowest link of the cluster, the all-reduce of a d-fold
+data-parallel stage uses the first d devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft.cluster.cluster import Cluster
+from weft.cluster.device import DeviceType, Link
+from weft.cost.model import CostModel, Parallel
+from weft.cost.training import TrainingSpec
+from weft.graph.graph import Graph, Op
+from weft.plan.train_plan import PlanError
+
+UNLIMITED = 1 << 30
+"""Micro-batches in flight of a stage that memory does not limit."""
+
+_CHUNK = 2048
+"""Stages whose features are computed at once: bounds the working memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpTimes:
+    """Seconds of every operator, in graph order, for one local batch size."""
+
+    forward_s: NDArray[np.float64]
+    backward_s: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFeatures:
+    """What candidate stages need, one row a stage: bytes per device, and bytes per sample."""
+
+    state_bytes: NDArray[np.float64]
+    gradient_bytes: NDArray[np.float64]
+    saved_bytes: NDArray[np.float64]
+    input_bytes: NDArray[np.float64]
+    """Arriving from other stages; what recomputation keeps."""
+    boundary_bytes: NDArray[np.float64]
+    """Forward and backward messages, in and out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One way to run a stage: data-parallel degree, and whether it recomputes activations."""
+
+    dp: int
+    recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Prices of many stages (rows) run in every variant (columns), at one micro-batch size.
+
+    `time_per_sample_s` is infinite where the stage does not fit at all; `max_in_flight` is the
+    number of micro-batches that memory allows.
+    """
+
+    variants: tuple[Variant, ...]
+    time_per_sample_s: NDArray[np.float64]
+    max_in_flight: NDArray[np.int64]
+
+    @cached_property
+    def num_devices(self) -> NDArray[np.int64]:
+        """Devices of each variant."""
+        return np.array([variant.dp for variant in self.variants], dtype=np.int64)
+
+
+class CostTable:
+    """Prices of operators and of candidate stages, for one graph, cluster and training batch.
+
+    Times per sample follow the GraphPipe sheet §2.5:
+    `[t_op(b/d) + alpha + beta * boundary_bytes * (b/d)] / b + all_reduce(gradients, d) / B`,
+    where boundary bytes are those sent and received, forward and backward. Memory follows §3.3:
+    `state + ceil(saved * f / d) + reserved(b/d)` with f = min(in-flight samples, B).
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        cost: CostModel,
+        *,
+        training: TrainingSpec,
+        batch_size: int,
+        device_type: DeviceType | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self.graph = graph
+        self.cluster = cluster
+        self.cost = cost
+        self.training = training
+        self.batch_size = batch_size
+        self.device_type = device_type or slowest_device_type(cluster, cost, graph)
+        limit = min(device.type.memory_bytes for device in cluster.devices)
+        self.memory_bytes = limit if memory_bytes is None else memory_bytes
+        self.link = slowest_link(cluster)
+        self.num_priced = 0
+        self._op_times: dict[tuple[int, int], OpTimes] = {}
+        self._reserved: dict[int, NDArray[np.float64]] = {}
+        self._all_reduce: dict[int, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {}
+        self._transfer = _vectorised(lambda num_bytes: cost.transfer_s(num_bytes, self.link))
+
+    def op_times(self, local_samples: int, tp: int = 1) -> OpTimes:
+        """Seconds of every operator for `local_samples` samples on each device."""
+        key = (local_samples, tp)
+        if key not in self._op_times:
+            parallel = Parallel(dp=1, tp=tp)
+            known: dict[str, tuple[float, float]] = {}
+            forward_s, backward_s = np.empty(self.num_ops), np.empty(self.num_ops)
+            for i, op in enumerate(self.graph.ops):
+                name = op.signature or f"id:{op.id}"
+                if name not in known:
+                    price = self.cost.op_cost(op, local_samples, parallel, self.device_type)
+                    _check_price(op, price.forward_s, price.backward_s)
+                    known[name] = (price.forward_s, price.backward_s)
+                forward_s[i], backward_s[i] = known[name]
+            self._op_times[key] = OpTimes(forward_s=forward_s, backward_s=backward_s)
+        return self._op_times[key]
+
+    def reserved_bytes(self, local_samples: int) -> NDArray[np.float64]:
+        """Scratch bytes of every operator at one local batch size."""
+        if local_samples not in self._reserved:
+            self._reserved[local_samples] = np.array(
+                [self.cost.reserved_bytes(op, local_samples) for op in self.graph.ops],
+                dtype=np.float64,
+            )
+        return self._reserved[local_samples]
+
+    @property
+    def num_ops(self) -> int:
+        """Operators of the graph."""
+        return len(self.graph.ops)
+
+    def all_reduce_s(
+        self, gradient_bytes: NDArray[np.float64], num_devices: int
+    ) -> NDArray[np.float64]:
+        """Seconds of the gradient all-reduce of stages on the first `num_devices` devices."""
+        if num_devices not in self._all_reduce:
+            ring = range(num_devices)
+            self._all_reduce[num_devices] = _vectorised(
+                lambda num_bytes: self.cost.all_reduce_s(num_bytes, ring, self.cluster)
+            )
+        if num_devices < 2:
+            return np.zeros_like(gradient_bytes)
+        return self._all_reduce[num_devices](gradient_bytes)
+
+    def transfer_s(self, num_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds of messages over the slowest link; no message takes no time."""
+        return self._transfer(num_bytes)
+
+    @cached_property
+    def _own_bytes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """State and gradient bytes of the parameters that a single operator uses."""
+        state, gradient = np.zeros(self.num_ops), np.zeros(self.num_ops)
+        for parameter_id, users in self._users.items():
+            if len(users) == 1:
+                parameter = self.graph.parameter_by_id[parameter_id]
+                state[users[0]] += self.training.state_bytes(parameter)
+                gradient[users[0]] += self.training.gradient_bytes(parameter)
+        return state, gradient
+
+    @cached_property
+    def _users(self) -> dict[str, list[int]]:
+        users: dict[str, list[int]] = {}
+        for i, op in enumerate(self.graph.ops):
+            for parameter_id in dict.fromkeys(op.param_ids):
+                users.setdefault(parameter_id, []).append(i)
+        return users
+
+    @cached_property
+    def _edges(self) -> _EdgeMatrices:
+        return _EdgeMatrices.of(self.graph)
+
+    def features(self, member: NDArray[np.bool_]) -> StageFeatures:
+        """Features of stages given as rows of operator membership, shape (stages, operators)."""
+        parts = [
+            self._features(member[i : i + _CHUNK]) for i in range(0, max(len(member), 1), _CHUNK)
+        ]
+        names = StageFeatures.__dataclass_fields__
+        return StageFeatures(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        )
+
+    def _features(self, member: NDArray[np.bool_]) -> StageFeatures:
+        inside = member.astype(np.float64)
+        outside = 1.0 - inside
+        own_state, own_gradient = self._own_bytes
+        state, gradient = inside @ own_state, inside @ own_gradient
+        for parameter_id, users in self._users.items():
+            if len(users) > 1:
+                parameter = self.graph.parameter_by_id[parameter_id]
+                used = member[:, users].any(axis=1)
+                state += used * self.training.state_bytes(parameter)
+                gradient += used * self.training.gradient_bytes(parameter)
+        edges = self._edges
+        incoming = np.minimum(inside @ edges.forward.T, edges.cap) * outside
+        input_bytes = incoming.sum(axis=1)
+        boundary = input_bytes + (np.minimum(outside @ edges.forward.T, edges.cap) * inside).sum(1)
+        boundary += (np.minimum(inside @ edges.backward.T, edges.cap) * outside).sum(axis=1)
+        boundary += (np.minimum(outside @ edges.backward.T, edges.cap) * inside).sum(axis=1)
+        saved = inside @ np.array([op.saved_bytes for op in self.graph.ops], dtype=np.float64)
+        if edges.saved.any():
+            saved += ((inside @ edges.saved.T) * outside).sum(axis=1)
+        return StageFeatures(
+            state_bytes=state,
+            gradient_bytes=gradient,
+            saved_bytes=saved,
+            input_bytes=input_bytes,
+            boundary_bytes=boundary,
+        )
+
+
+class StageTable:
+    """Candidate stages with their features, priced on demand for each micro-batch size."""
+
+    def __init__(self, table: CostTable, member: NDArray[np.bool_]) -> None:
+        self.table = table
+        self.member = member
+        self.features = table.features(member)
+        self._inside = member.astype(np.float64)
+        self._seconds: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._reserved: dict[int, NDArray[np.float64]] = {}
+
+    def __len__(self) -> int:
+        return len(self.member)
+
+    def seconds(self, local_samples: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Forward and backward seconds of every stage for one local batch size."""
+        if local_samples not in self._seconds:
+            times = self.table.op_times(local_samples)
+            self._seconds[local_samples] = (
+                self._inside @ times.forward_s,
+                self._inside @ times.backward_s,
+            )
+        return self._seconds[local_samples]
+
+    def reserved_bytes(self, local_samples: int) -> NDArray[np.float64]:
+        """Scratch bytes of every stage at one local batch size."""
+        if local_samples not in self._reserved:
+            reserved = self.table.reserved_bytes(local_samples)
+            self._reserved[local_samples] = self._inside @ reserved
+        return self._reserved[local_samples]
+
+    def candidates(self, micro_batch: int, variants: Sequence[Variant], k: int = 1) -> Candidates:
+        """Price every stage in every variant; a degree must divide the micro-batch."""
+        shape = (len(self), len(variants))
+        seconds = np.empty(shape)
+        limit = np.empty(shape, dtype=np.int64)
+        for column, variant in enumerate(variants):
+            seconds[:, column] = self._time_per_sample_s(micro_batch, variant)
+            limit[:, column] = self._max_in_flight(micro_batch, variant, k)
+        seconds[limit < 1] = np.inf
+        self.table.num_priced += len(self) * len(variants)
+        return Candidates(variants=tuple(variants), time_per_sample_s=seconds, max_in_flight=limit)
+
+    def _time_per_sample_s(self, micro_batch: int, variant: Variant) -> NDArray[np.float64]:
+        local = micro_batch // variant.dp
+        forward_s, backward_s = self.seconds(local)
+        compute_s = forward_s + backward_s + (forward_s if variant.recompute else 0.0)
+        message_s = self.table.transfer_s(self.features.boundary_bytes * local)
+        all_reduce_s = self.table.all_reduce_s(self.features.gradient_bytes, variant.dp)
+        return (compute_s + message_s) / micro_batch + all_reduce_s / self.table.batch_size
+
+    def _max_in_flight(self, micro_batch: int, variant: Variant, k: int) -> NDArray[np.int64]:
+        """Groups of k micro-batches that fit in memory beside the state and scratch."""
+        features, batch_size = self.features, self.table.batch_size
+        free = self.table.memory_bytes - features.state_bytes
+        free = (free - self.reserved_bytes(micro_batch // variant.dp)) * variant.dp
+        held = features.saved_bytes
+        if variant.recompute:
+            # One micro-batch is held whole while it is recomputed; the others as inputs only.
+            free = free - features.saved_bytes * micro_batch
+            held = features.input_bytes
+        with np.errstate(divide="ignore", invalid="ignore"):
+            samples = np.floor(free / held)
+        samples = np.where(held == 0, np.inf, samples)
+        samples = np.minimum(samples, batch_size)
+        groups = np.where(samples == batch_size, UNLIMITED, samples // (micro_batch * k))
+        return np.where(free < 0, 0, groups).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _EdgeMatrices:
+    """Bytes per sample from operator (row) to operator (column)."""
+
+    forward: NDArray[np.float64]
+    backward: NDArray[np.float64]
+    saved: NDArray[np.float64]
+    cap: NDArray[np.float64]
+    """Distinct output bytes of each operator: what several readers get together at most."""
+
+    @classmethod
+    def of(cls, graph: Graph) -> _EdgeMatrices:
+        n = len(graph.ops)
+        forward, backward, saved = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n))
+        for edge in graph.edges:
+            i, j = graph.op_index[edge.source], graph.op_index[edge.target]
+            forward[i, j] = edge.bytes_per_sample
+            backward[i, j] = edge.bytes_per_sample if edge.needs_grad else 0
+            saved[i, j] = edge.saved_bytes
+        outputs = np.array([op.output_bytes for op in graph.ops], dtype=np.float64)
+        cap = np.maximum(outputs, forward.max(axis=1, initial=0.0))
+        return cls(forward=forward, backward=backward, saved=saved, cap=cap)
+
+
+def distinct_bytes(graph: Graph, source: str, edge_bytes: Sequence[int]) -> int:
+    """Bytes of the distinct tensors behind several edges of one source.
+
+    An edge lists its tensors' bytes, so edges that share tensors count them twice; together they
+    are at most the source's output.
+    """
+    output = graph.op_by_id[source].output_bytes
+    every = [e.bytes_per_sample for e in graph.edges if e.source == source]
+    return min(sum(edge_bytes), max(output, *every))
+
+
+def slowest_link(cluster: Cluster) -> Link:
+    """The link of least bandwidth that joins two devices of the cluster."""
+    links = [node.intra for node in cluster.nodes if node.num_devices > 1]
+    if len(cluster.nodes) > 1:
+        links.append(cluster.inter)
+        links.extend(entry.link for entry in cluster.links)
+    if not links:
+        return cluster.link(0, 0)
+    return min(links, key=lambda link: (link.bandwidth_bytes_per_s, -link.latency_s))
+
+
+def slowest_device_type(cluster: Cluster, cost: CostModel, graph: Graph) -> DeviceType:
+    """The device type on which the whole graph takes longest for one sample."""
+    types = {node.device_type.name: node.device_type for node in cluster.nodes}
+    if len(types) == 1:
+        return next(iter(types.values()))
+
+    def total_s(kind: DeviceType) -> float:
+        return sum(cost.op_cost(op, 1, Parallel(), kind).total_s for op in graph.ops)
+
+    return max(types.values(), key=total_s)
+
+
+def divisors(number: int, limit: int) -> list[int]:
+    """Divisors of `number` that are at most `limit`, ascending."""
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
+
+
+def _check_price(op: Op, *seconds: float) -> None:
+    for value in seconds:
+        if not (value >= 0 and np.isfinite(value)):
+            raise PlanError(
+                f"the cost model prices operator {op.id!r} at {value} s; times must be finite and "
+                "at least 0"
+            )
+
+
+def _vectorised(
+    price: Callable[[float], float],
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """`price` on arrays, 0 where there are no bytes; two calls where it is affine.
+
+    A ring over a thousand devices is expensive to price, and every cost model here is affine in the
+    bytes; one that is not (two points do not predict the others) is called for each value.
+    """
+    low, high = 1.0, 1e13
+    slope = (price(high) - price(low)) / (high - low)
+    fixed = price(low) - slope * low
+    probes = (7.0, 3e3, 5e6, 2e9, 1e11)
+    affine = all(abs(price(x) - fixed - slope * x) <= 1e-12 * price(x) for x in probes)
+
+    def evaluate(num_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
+        if affine:
+            return np.where(num_bytes > 0, fixed + slope * num_bytes, 0.0)
+        values, where = np.unique(num_bytes, return_inverse=True)
+        return np.array([price(v) if v > 0 else 0.0 for v in values.tolist()])[where]
+
+    return evaluate
