@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from weft.base.errors import ConfigError
 from weft.model.kernels import cpu_linear, cpu_team
 from weft.model.kernels.cpu_gemm import Epilogue
-from weft.model.kernels.cpu_team import NativeKernels, OpList, loaded_openmp, native_kernels
+from weft.model.kernels.cpu_team import NativeKernels, loaded_openmp, native_kernels
 from weft.model.linear import CpuLinear, DenseLinear, LinearWeight, make_linear
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -101,9 +101,10 @@ def test_one_and_two_threads_agree_bit_for_bit(native: NativeKernels) -> None:
 def test_a_list_of_ops_runs_in_order_and_again(native: NativeKernels) -> None:
     first, second = (_draw(64, 64, dtype=torch.float32, seed=s) / 8 for s in (1, 2))
     x, middle, y = torch.empty(3, 64), torch.empty(3, 64), torch.empty(3, 64)
-    ops = OpList(native.team)
-    cpu_linear.run_gemm(native, x, first, middle, into=ops)
-    cpu_linear.run_gemm(native, middle, second, y, into=ops)
+    with native.team.recording() as ops:
+        cpu_linear.run_gemm(native, x, first, middle)
+        cpu_linear.run_gemm(native, middle, second, y)
+    assert len(ops) == 2
     for seed in (7, 8):
         x.copy_(_draw(3, 64, dtype=torch.float32, seed=seed))
         ops.run()

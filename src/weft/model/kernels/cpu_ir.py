@@ -293,6 +293,19 @@ class Builder:
         """A scalar of any LLVM type read at `base[index]`."""
         return Val(self, self.b.load(self._gep(base, index, element), typ=element))
 
+    def index_at(self, base: Val, index: Val | int) -> Val:
+        """A non-negative int32 read at `base[index]`, as int64."""
+        return Val(self, self.b.zext(self.at(base, index, I32).v, I64))
+
+    def to_i32(self, value: Val) -> Val:
+        """An int64 cut to int32."""
+        return Val(self, self.b.trunc(value.v, I32))
+
+    def iota(self, lanes: int) -> Val:
+        """The int32 vector 0, 1, 2, ..."""
+        numbers = [ir.Constant(I32, lane) for lane in range(lanes)]
+        return Val(self, ir.Constant(vector(I32, lanes), numbers))
+
     def put(self, base: Val, index: Val | int, value: Val) -> None:
         """Write a scalar at `base[index]`."""
         self.b.store(value.v, self._gep(base, index, value.type))
@@ -387,25 +400,44 @@ class Builder:
         """acc[i] += a[2i]·b[2i] + a[2i+1]·b[2i+1] over raw bfloat16 vectors of twice the lanes."""
         return self.call("llvm.x86.avx512bf16.dpbf16ps.512", acc.type, acc, a, b)
 
+    def sqrt(self, x: Val) -> Val:
+        """The square root of a float32 scalar."""
+        return self.call("llvm.sqrt.f32", x.type, x)
+
+    def to_float(self, value: Val) -> Val:
+        """An int64 as float32."""
+        return Val(self, self.b.sitofp(value.v, F32))
+
+    def round_to(self, value: Val, storage: Storage) -> Val:
+        """The float32 values that `storage` can hold nearest to these."""
+        lanes = value.lanes
+        if storage is Storage.FLOAT32:
+            return value
+        if storage is Storage.FLOAT16:
+            narrow = self.b.fptrunc(value.v, vector(F16, lanes))
+            return Val(self, self.b.fpext(narrow, vector(F32, lanes)))
+        bits = self._to_bf16_bits(value, lanes)
+        wide = Val(self, self.b.zext(bits.v, vector(I32, lanes))) << 16
+        return self.bitcast(wide, value.type)
+
     def sum_lanes(self, value: Val) -> Val:
         """The sum over the lanes, by halving: the order does not depend on the compiler."""
-        lanes = value.lanes
-        while lanes > 1:
-            half = lanes // 2
-            low = self.shuffle(value, value, range(half))
-            high = self.shuffle(value, value, range(half, lanes))
-            value, lanes = low + high, half
-        return self.lane(value, 0) if isinstance(value.type, ir.VectorType) else value
+        return self._reduce_lanes(value, lambda a, b: a + b)
 
     def max_lanes(self, value: Val) -> Val:
         """The largest lane."""
+        return self._reduce_lanes(value, self.maximum)
+
+    def _reduce_lanes(self, value: Val, combine: Callable[[Val, Val], Val]) -> Val:
         lanes = value.lanes
-        while lanes > 1:
+        if lanes == 1:
+            return value
+        while lanes > 2:
             half = lanes // 2
             low = self.shuffle(value, value, range(half))
-            value = self.maximum(low, self.shuffle(value, value, range(half, lanes)))
+            value = combine(low, self.shuffle(value, value, range(half, lanes)))
             lanes = half
-        return self.lane(value, 0)
+        return combine(self.lane(value, 0), self.lane(value, 1))
 
     def exp(self, x: Val) -> Val:
         """eˣ in float32 to about 2 ulp; below -87 it is 0, above 88 it stays at e⁸⁸."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.model.kernels.cpu_gemm import MAX_ROW_BLOCK, Epilogue, GemmSpec, emit_gemm
 from weft.model.kernels.cpu_ir import Isa, Storage
-from weft.model.kernels.cpu_team import NativeKernels, OpList, native_kernels
+from weft.model.kernels.cpu_team import Call, NativeKernels, native_kernels
 
 _STORAGES = {
     torch.float32: Storage.FLOAT32,
@@ -102,9 +102,8 @@ def run_gemm(
     *,
     extra: Tensor | None = None,
     epilogue: Epilogue = Epilogue.NONE,
-    into: OpList | None = None,
 ) -> None:
-    """y = epilogue(x Wᵀ), now or as one more entry of `into`.
+    """Submit y = epilogue(x Wᵀ).
 
     x [M, K], weight [N, K] (SILU_MUL: [2N, K], gates before ups), y [M, N]; `extra` is the bias [N]
     or the addend [M, N] with y's row stride. The caller has asked `can_run_native`.
@@ -113,10 +112,7 @@ def run_gemm(
     spec = _spec(native, storage, epilogue, x.shape[0], weight.shape[1])
     kernel = native.address(spec.name, emit_gemm(spec))
     words = gemm_words(x, weight, y, extra, epilogue)
-    if into is None:
-        native.team.run(kernel, *words)
-    else:
-        into.add(kernel, *words, keep=(x, weight, y, extra))
+    native.team.submit(Call(kernel=kernel, words=words, keep=(x, weight, y, extra)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,12 +16,15 @@ import functools
 import logging
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
+from torch import Tensor
 
 from weft.base.errors import WeftError
 from weft.model.kernels.cpu_ir import Builder, Isa, Val, define_kernel
@@ -154,6 +157,46 @@ class CompiledModule:
         return self._engine.get_function_address(name)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One kernel with its int64 argument words, and the tensors that these point into."""
+
+    kernel: int
+    words: tuple[int, ...]
+    keep: tuple[Tensor | None, ...]
+
+
+class OpList:
+    """Calls that run one after the other in one parallel region, with a barrier after each.
+
+    It holds on to the tensors of its calls, which are read and written in place: to run the same
+    work on new data, fill the same tensors and run it again.
+    """
+
+    __slots__ = ("_kept", "_packed", "_team", "_words")
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._words: list[ctypes.Array[ctypes.c_int64]] = []
+        self._packed = bytearray()
+        self._kept: list[tuple[Tensor | None, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def add(self, call: Call) -> None:
+        """Append one call."""
+        words = (ctypes.c_int64 * len(call.words))(*call.words)
+        self._words.append(words)
+        self._packed += struct.pack("2q", call.kernel, ctypes.addressof(words))
+        self._kept.append(call.keep)
+
+    def run(self) -> None:
+        """Run all of it; returns when the last kernel has ended."""
+        if self._words:
+            self._team.launch(bytes(self._packed), len(self._words))
+
+
 class Team:
     """Runs compiled kernels on torch's threads."""
 
@@ -161,53 +204,36 @@ class Team:
         filled = {name: openmp.get(name, 0) for name in _ENTRY_POINTS}
         self._code = CompiledModule(_LAUNCHER_IR.format(**filled))
         self._is_shared = bool(openmp)
-        entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        entry = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
         self._launch = entry(self._code.address("launch"))
+        self._local = threading.local()
 
     @property
     def num_threads(self) -> int:
         """Threads that a launch uses: torch's own number, or 1 where its team is out of reach."""
         return torch.get_num_threads() if self._is_shared else 1
 
-    def run(self, kernel: int, *args: int) -> None:
-        """Run one kernel; `args` are int64 words."""
-        words = (ctypes.c_int64 * len(args))(*args)
-        self.launch(struct.pack("2q", kernel, ctypes.addressof(words)), 1)
+    def submit(self, *calls: Call) -> None:
+        """Run calls in order; inside `recording` on this thread, append them instead."""
+        record: OpList | None = getattr(self._local, "record", None)
+        ops = OpList(self) if record is None else record
+        for call in calls:
+            ops.add(call)
+        if record is None:
+            ops.run()
 
-    def launch(self, ops: bytes, num_ops: int) -> None:
+    @contextmanager
+    def recording(self) -> Iterator[OpList]:
+        """Collect what this thread submits, without running it."""
+        self._local.record = OpList(self)
+        try:
+            yield self._local.record
+        finally:
+            self._local.record = None
+
+    def launch(self, packed: bytes, num_ops: int) -> None:
         """Run packed pairs (kernel address, address of its words)."""
-        self._launch(ops, num_ops, self.num_threads)
-
-
-class OpList:
-    """A list of kernels with their arguments, run in one parallel region with barriers between.
-
-    It holds on to the tensors whose addresses it was given, and reads and writes them in place: to
-    run the same work on new data, fill the same tensors and run it again.
-    """
-
-    __slots__ = ("_args", "_kept", "_ops", "_team")
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-        self._ops: list[int] = []
-        self._args: list[ctypes.Array[ctypes.c_int64]] = []
-        self._kept: list[object] = []
-
-    def __len__(self) -> int:
-        return len(self._args)
-
-    def add(self, kernel: int, *args: int, keep: Sequence[object] = ()) -> None:
-        """Append one kernel; `keep` are the owners of the memory that `args` point to."""
-        words = (ctypes.c_int64 * len(args))(*args)
-        self._args.append(words)
-        self._ops += (kernel, ctypes.addressof(words))
-        self._kept.extend(keep)
-
-    def run(self) -> None:
-        """Run all of it; returns when the last kernel has ended."""
-        if self._args:
-            self._team.launch(struct.pack(f"{len(self._ops)}q", *self._ops), len(self._args))
+        self._launch(packed, num_ops, self.num_threads)
 
 
 class NativeKernels:
