@@ -188,6 +188,17 @@ class Graph:
         ids = {p for op_id in op_ids for p in self.op_by_id[op_id].param_ids}
         return sum(self.parameter_by_id[p].size_bytes for p in ids)
 
+    def distinct_bytes(self, edges: Iterable[Edge]) -> int:
+        """Bytes per sample that these edges carry, a tensor with several readers counted once.
+
+        Edges of one source never carry more than its output; so summed over any cut this is what a
+        stage sends, exactly unless one source's readers take overlapping parts of its output.
+        """
+        carried: dict[str, int] = {}
+        for edge in edges:
+            carried[edge.source] = carried.get(edge.source, 0) + edge.bytes_per_sample
+        return sum(min(n, self.op_by_id[op].output_bytes or n) for op, n in carried.items())
+
     def to_json(self) -> str:
         """The graph as JSON text; fields at their default are left out."""
         return json.dumps(self._as_dict(), indent=1)
