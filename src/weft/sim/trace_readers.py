@@ -101,15 +101,22 @@ def detect_format(first_line: str, where: str = "trace") -> TraceFormat:
 
 def _csv_rows(lines: list[str], where: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Each data row as (place, lower-case column -> text); blank lines are passed over."""
-    reader = csv.reader(lines)
-    header = [column.strip().lower() for column in next(reader, [])]
-    for cells in reader:
-        if not cells:
+    header = [column.strip().lower() for column in _split(lines[0], where)] if lines else []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
             continue
-        place = f"{where}, line {reader.line_num}"
+        place = f"{where}, line {number}"
+        cells = _split(line, place)
         if len(cells) != len(header):
             raise ConfigError(f"{place}: {len(cells)} columns where the header names {len(header)}")
         yield place, dict(zip(header, cells, strict=True))
+
+
+def _split(line: str, place: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except (csv.Error, StopIteration) as error:
+        raise ConfigError(f"{place}: not CSV: {error}") from None
 
 
 def _azure_rows(lines: list[str], where: str) -> Iterator[_Row]:
@@ -167,26 +174,27 @@ def _cell(data: dict[str, Any], key: str, place: str) -> Any:
 
 
 def _count(value: Any, name: str, place: str) -> int:
-    try:
-        # BurstGPT and some exports write counts as 12.0.
-        count = (
-            int(value) if not isinstance(value, str) or value.strip().isdigit() else float(value)
-        )
-    except (TypeError, ValueError):
-        raise ConfigError(f"{place}: {name} is {value!r}; it must be a whole number") from None
-    if isinstance(value, bool) or count != int(count) or count < 0:
+    # Some exports write counts as 12.0.
+    number = _number(value)
+    if number is None or not number.is_integer() or number < 0:
         raise ConfigError(f"{place}: {name} is {value!r}; it must be a whole number of 0 or more")
-    return int(count)
+    return int(number)
 
 
 def _seconds(value: Any, place: str) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = float("nan")
-    if isinstance(value, bool) or not np.isfinite(seconds):
+    seconds = _number(value)
+    if seconds is None or not np.isfinite(seconds):
         raise ConfigError(f"{place}: timestamp is {value!r}; it must be a number")
     return seconds
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _instant_s(text: str, place: str) -> float:
