@@ -39,6 +39,7 @@ RAND110: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 32000,
 }
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 PACKAGED = Path(__file__).parents[1] / "src" / "weft" / "assets" / "model"
 
 
@@ -64,12 +65,17 @@ class BenchModel:
         """Weights of the output projection, which every decode step reads."""
         return self.config["hidden_size"] * self.config["vocab_size"]
 
-    def decode_bytes(self, context_len: float, bytes_per_value: int) -> float:
-        """What one decode step of one sequence must read: weights, and its keys and values."""
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Keys and values of one token in all layers."""
         c = self.config
         head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        kv_values = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim * context_len
-        return bytes_per_value * (self.num_linear_params + self.num_head_params + kv_values)
+        num_values = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
+        return BYTES_PER_VALUE[dtype] * num_values
+
+    def decode_bytes(self, context_len: float, dtype: str) -> float:
+        """What one decode step of one sequence must read: weights, and its keys and values."""
+        weights = BYTES_PER_VALUE[dtype] * (self.num_linear_params + self.num_head_params)
+        return weights + self.kv_bytes_per_token(dtype) * context_len
 
     def prefill_flop(self, num_tokens: int) -> float:
         """Linears and causal attention of a prompt; the vocabulary only at its last position."""

@@ -155,7 +155,6 @@ class Sitting:
             interpreter=interpreter,
             num_threads=self.options.threads,
             max_num_seqs=max(workload.batch for workload in self.workloads),
-            max_request_len=768,
             cache=self.options.cache,
         )
         worker = self._start(engine, interpreter, f"{engine.name}-{dtype}")

@@ -13,7 +13,6 @@ from rich.table import Table
 from rows import Row, compare, wide_console
 from workloads import Kind, Workload
 
-BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 DECODE_SHARE_TARGET = {"float32": 0.80, "bfloat16": 0.70}
 PREFILL_SHARE_TARGET = {"float32": 0.60, "bfloat16": 0.65}
 
@@ -158,7 +157,7 @@ def _machine_rows(model: BenchModel, measured: Measured, dtype: str) -> list[Row
         # A run of 128 tokens is one prefill (the TTFT) and 127 decode steps, at a mean context
         # of 256 + 64 tokens.
         step_s = [(128 / single[r] - first[r]) / 127 for r in rounds]
-        num_bytes = model.decode_bytes(256 + 64, BYTES_PER_VALUE[dtype])
+        num_bytes = model.decode_bytes(256 + 64, dtype)
         rows.append(
             compare(
                 f"{dtype} decode batch 1: bytes read / read bandwidth",

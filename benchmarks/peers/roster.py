@@ -12,7 +12,10 @@ from typing import Any
 
 from bench_models import BenchModel, convert_for
 
-GIB = 2**30
+MAX_REQUEST_LEN = 768
+"""Prompt and answer of the longest request of any workload, with some room."""
+MEAN_REQUEST_LEN = 512
+"""Likewise of the mean one."""
 OURS = "weft"
 MACHINE = "machine"
 
@@ -109,7 +112,6 @@ def _vllm_environment(interpreter: str, num_threads: int) -> dict[str, str]:
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
@@ -128,17 +130,22 @@ def engine_spec(
     interpreter: str,
     num_threads: int,
     max_num_seqs: int,
-    max_request_len: int,
     cache: Path,
 ) -> dict[str, Any]:
     """What the worker's `load` receives; converts the checkpoint where the engine needs that."""
+    max_model_len = min(4096, model.config["max_position_embeddings"])
+    # Every paged engine gets the same cache, enough for any batch here, so that nobody preempts
+    # and all of them fit in memory together.
+    num_cache_tokens = max(max_num_seqs * MEAN_REQUEST_LEN, max_model_len + MEAN_REQUEST_LEN)
     spec: dict[str, Any] = {
         "model": str(model.path),
         "dtype": dtype,
         "num_threads": num_threads,
         "max_num_seqs": max_num_seqs,
-        "max_request_len": max_request_len,
-        "max_model_len": min(4096, model.config["max_position_embeddings"]),
+        "max_request_len": MAX_REQUEST_LEN,
+        "max_model_len": max_model_len,
+        "num_cache_tokens": num_cache_tokens,
+        "kv_cache_memory_bytes": num_cache_tokens * model.kv_bytes_per_token(dtype),
         **engine.spec,
     }
     log = cache / "logs" / f"{engine.converter}.log"

@@ -34,7 +34,7 @@ class TransformersEngine:
             generation_config=self._config,
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=page_size,
-                num_blocks=spec["max_num_seqs"] * spec["max_request_len"] // page_size,
+                num_blocks=spec["num_cache_tokens"] // page_size,
                 max_batch_tokens=512,
                 max_requests_per_batch=spec["max_num_seqs"],
                 allow_block_sharing=False,

@@ -24,6 +24,7 @@ class VllmEngine:
             dtype=spec["dtype"],
             max_model_len=spec["max_model_len"],
             max_num_seqs=spec["max_num_seqs"],
+            kv_cache_memory_bytes=spec["kv_cache_memory_bytes"],
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
             disable_log_stats=True,

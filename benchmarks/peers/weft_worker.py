@@ -23,6 +23,7 @@ class WeftEngine:
             device="cpu",
             max_model_len=spec["max_model_len"],
             max_num_seqs=spec["max_num_seqs"],
+            kv_cache_memory_bytes=spec["kv_cache_memory_bytes"],
             seed=0,
             **spec.get("options", {}),
         )
