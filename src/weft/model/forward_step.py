@@ -45,9 +45,9 @@ class ForwardStep:
     """The tokens of one iteration and their geometry. Single-token rows come first."""
 
     token_ids: Tensor
-    """[T] int64."""
+    """[T] int32."""
     positions: Tensor
-    """[T] int64."""
+    """[T] int32."""
     prefix_lens: Tensor
     """[T] int32: cached tokens that a token sees, itself included."""
     num_decodes: int

@@ -1,0 +1,261 @@
+"""From a model directory and a few settings to an executor; every "auto" is resolved here, once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weft.base.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnsupportedError
+from weft.model.config import ModelConfig
+from weft.model.decoder import attention_shape
+from weft.model.generation import GenerationDefaults
+from weft.model.kernels.select import choose_kernels
+from weft.model.loading import load_weights
+from weft.model.tokenizer import Tokenizer
+from weft.runtime.device_context import DeviceContext, create_context
+from weft.runtime.kv_layout import KvLayout, kv_layout
+from weft.runtime.memory import format_bytes, free_memory_bytes
+from weft.runtime.torch_executor import TorchExecutor
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+_FREE_SHARE = {"cpu": 0.4, "cuda": 0.88}
+_CACHE_CAP_BYTES = {"cpu": 4 << 30, "cuda": 1 << 62}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorConfig:
+    """What to load and how much of the machine to use; None and "auto" are resolved when built.
+
+    Raises:
+        ConfigError: a number is out of its range, or dtype or device is unknown.
+        UnsupportedError: tensor_parallel_size > 1.
+    """
+
+    model: str
+    """A model directory, or a hub id where a hub is reachable."""
+    dtype: str = "auto"
+    """float64, float32, bfloat16, float16, or auto: the checkpoint's where the device is quick."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    num_threads: int | None = None
+    """CPU threads; None leaves torch's choice, which OMP_NUM_THREADS sets."""
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "num_threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.tensor_parallel_size != 1:
+            raise UnsupportedError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, which is not supported; "
+                "supported is 1"
+            )
+        if self.dtype != "auto" and self.dtype not in _DTYPES:
+            raise ConfigError(
+                f"dtype is {self.dtype!r}; it must be auto or one of {', '.join(_DTYPES)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConfig:
+    """An `ExecutorConfig` with nothing left open."""
+
+    model_path: Path
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory_bytes: int
+    """Bytes of the arena."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltModel:
+    """A loaded model, ready to run batches."""
+
+    executor: TorchExecutor
+    context: DeviceContext
+    config: ModelConfig
+    tokenizer: Tokenizer
+    generation: GenerationDefaults
+    resolved: ResolvedConfig
+
+
+def build_executor(config: ExecutorConfig) -> BuiltModel:
+    """Load a model and reserve its cache.
+
+    Raises:
+        ModelLoadError: the directory is missing, half-written or inconsistent.
+        UnsupportedError: the model is of a kind that Weft does not run.
+        ConfigError: max_model_len is beyond the model's context, or the device is not there.
+        OutOfMemoryError: the cache cannot hold one sequence; the message says how many bytes do.
+    """
+    path = resolve_model(config.model)
+    model_config = ModelConfig.from_directory(path)
+    generation = GenerationDefaults.from_directory(path, model_config)
+    tokenizer = Tokenizer.from_directory(path)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    kernels = choose_kernels(attention_shape(model_config), dtype, device)
+    weights = load_weights(path, model_config, kernels.make_linear, dtype=dtype, device=device)
+    layout = kv_layout(model_config, dtype)
+    resolved = resolve_sizes(config, path, model_config, layout, device)
+    context = create_context(
+        model_config,
+        weights,
+        kernels,
+        layout,
+        num_pages=resolved.kv_cache_memory_bytes // layout.page_bytes,
+        max_model_len=resolved.max_model_len,
+        device=device,
+    )
+    return BuiltModel(
+        executor=TorchExecutor(context, max_num_seqs=resolved.max_num_seqs),
+        context=context,
+        config=model_config,
+        tokenizer=tokenizer,
+        generation=generation,
+        resolved=resolved,
+    )
+
+
+def resolve_model(model: str) -> Path:
+    """A directory as it is; anything else that looks like a hub id is fetched, or found offline.
+
+    Raises:
+        ModelLoadError: neither a directory nor a hub id that can be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ModelLoadError(f"{model} is neither a model directory nor a hub id (owner/name)")
+    # Imported here: it is slow, and most models are directories.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelLoadError(
+            f"{model} is no directory here, and the hub does not give it{offline}: {error}"
+        ) from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: the device is unknown or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
+    return device
+
+
+def resolve_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """`auto` takes the checkpoint's, but float32 on a CPU that has no fast path for it."""
+    if name != "auto":
+        return _DTYPES[name]
+    dtype = _DTYPES[checkpoint]
+    if device.type == "cpu" and dtype is torch.float16:
+        return torch.float32
+    if device.type == "cpu" and dtype is torch.bfloat16 and not _has_fast_bfloat16():
+        return torch.float32
+    return dtype
+
+
+def _has_fast_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_sizes(
+    config: ExecutorConfig,
+    path: Path,
+    model_config: ModelConfig,
+    layout: KvLayout,
+    device: torch.device,
+) -> ResolvedConfig:
+    """Settle lengths and the size of the cache, once the weights are in place.
+
+    Raises:
+        ConfigError: max_model_len is beyond the model's context.
+        OutOfMemoryError: the cache cannot hold one sequence.
+    """
+    max_model_len = config.max_model_len or model_config.max_context
+    if max_model_len > model_config.max_context:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}; the model's context is "
+            f"{model_config.max_context} tokens"
+        )
+    max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
+    max_num_batched_tokens = config.max_num_batched_tokens or max(
+        _MAX_NUM_BATCHED_TOKENS[device.type], max_num_seqs
+    )
+    one = layout.pages_for_sequence(max_model_len, max_num_batched_tokens)
+    if config.kv_cache_memory_bytes is not None:
+        num_pages = config.kv_cache_memory_bytes // layout.page_bytes
+    else:
+        free = int(_FREE_SHARE[device.type] * free_memory_bytes(device))
+        # More than all slots can fill would only be a larger prefix cache.
+        full_bytes = (1 + max_num_seqs * one) * layout.page_bytes
+        num_pages = min(free, _CACHE_CAP_BYTES[device.type], full_bytes) // layout.page_bytes
+    if num_pages < 1 + one:
+        _refuse_small_cache(config, max_model_len, num_pages, 1 + one, layout)
+    return ResolvedConfig(
+        model_path=path,
+        dtype=layout.dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_memory_bytes=num_pages * layout.page_bytes,
+    )
+
+
+def _refuse_small_cache(
+    config: ExecutorConfig, max_model_len: int, num_pages: int, needed: int, layout: KvLayout
+) -> None:
+    needed_bytes = needed * layout.page_bytes
+    if config.kv_cache_memory_bytes is None:
+        have = f"there is room for {format_bytes(num_pages * layout.page_bytes)} of KV cache"
+    else:
+        have = f"kv_cache_memory_bytes is {config.kv_cache_memory_bytes}"
+    raise OutOfMemoryError(
+        f"{have}, too small for one sequence of max_model_len {max_model_len}: "
+        f"{needed_bytes} bytes ({format_bytes(needed_bytes)}) would do, or a smaller max_model_len"
+    )

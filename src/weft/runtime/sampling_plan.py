@@ -1,0 +1,199 @@
+"""What the sampler does for each row of one iteration, worked out on the host from the slots.
+
+Shape legend: S sampled rows, V vocabulary, W words of a mask, C rows of a subset, E edits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from weft.engine.batch import Batch
+from weft.engine.sampling import uniforms
+from weft.runtime.slots import SlotTable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PenaltyRows:
+    """Rows that pay penalties."""
+
+    rows: Tensor
+    """[C] int64."""
+    repetition: Tensor
+    """[C] float64, as are the next two."""
+    presence: Tensor
+    frequency: Tensor
+    output_counts: Tensor
+    """[C, V] int32."""
+    in_prompt: Tensor
+    """[C, V] bool."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreEdits:
+    """Changes to scores before anything is chosen."""
+
+    masks: Tensor | None = None
+    """[S, W] int32 words of allowed tokens."""
+    banned: Tensor | None = None
+    """[2, E] int64: row and token."""
+    biased: Tensor | None = None
+    """[2, E] int64: row and token."""
+    biases: Tensor | None = None
+    """[E] float64."""
+    penalties: PenaltyRows | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawRows:
+    """Rows whose token is drawn at random."""
+
+    rows: Tensor
+    """[C] int64."""
+    uniforms: Tensor
+    """[C] float64 in [0, 1)."""
+    temperature: Tensor
+    """[C] float64."""
+    log_min_p: Tensor
+    """[C] float64; -inf keeps all."""
+    top_k: Tensor
+    """[C] int64; 0 keeps all."""
+    top_p: Tensor
+    """[C] float64."""
+    max_top_k: int
+    has_cuts: bool
+    """Any row has a top_k or a top_p."""
+    has_top_p: bool
+    needs_full_sort: bool
+    """Where looking whether a partial sort was enough would stall the device."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingPlan:
+    """One iteration's sampling."""
+
+    edits: ScoreEdits | None = None
+    draws: DrawRows | None = None
+    logprob_rows: Tensor | None = None
+    """[C] int64: rows that want log-probabilities."""
+    num_top_logprobs: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row takes the likeliest token of its raw logits, and nothing else."""
+        return self.edits is None and self.draws is None and self.logprob_rows is None
+
+
+PLAIN = SamplingPlan()
+
+
+def plan_sampling(batch: Batch, slots: SlotTable, device: torch.device) -> SamplingPlan:
+    """Work out the sampling of a batch's `sample_rows`."""
+    picked = batch.slots[batch.sample_rows]
+    if batch.logits_masks is None and not slots.is_special[picked].any():
+        return PLAIN
+    # The drawn token takes the position behind the row's last one.
+    positions = batch.positions[batch.row_starts[batch.sample_rows + 1] - 1].astype(np.int64) + 1
+    wants = np.flatnonzero(slots.num_logprobs[picked] >= 0)
+    return SamplingPlan(
+        edits=_edits(batch, picked, positions, slots, device),
+        draws=_draws(picked, positions, slots, device),
+        logprob_rows=torch.from_numpy(wants).to(device) if len(wants) else None,
+        num_top_logprobs=int(slots.num_logprobs[picked].max(initial=0)),
+    )
+
+
+_Int64 = npt.NDArray[np.int64]
+
+
+def _edits(
+    batch: Batch,
+    picked: npt.NDArray[np.int32],
+    positions: _Int64,
+    slots: SlotTable,
+    device: torch.device,
+) -> ScoreEdits | None:
+    masks = None
+    if batch.logits_masks is not None:
+        masks = torch.from_numpy(batch.logits_masks.view(np.int32)).to(device)
+    young = positions - slots.num_prompt[picked] < slots.min_tokens[picked]
+    banned = [(row, slots.bans[picked[row]]) for row in np.flatnonzero(young).tolist()]
+    banned = [(row, tokens) for row, tokens in banned if tokens is not None]
+    biased = [(row, slots.bias[slot]) for row, slot in enumerate(picked)]
+    biased = [(row, bias[0], bias[1]) for row, bias in biased if bias is not None]
+    penalties = _penalties(picked, slots, device)
+    if masks is None and not banned and not biased and penalties is None:
+        return None
+    biases = np.concatenate([values for _, _, values in biased]) if biased else None
+    return ScoreEdits(
+        masks=masks,
+        banned=_pairs(banned, device),
+        biased=_pairs([(row, tokens) for row, tokens, _ in biased], device),
+        biases=None if biases is None else torch.from_numpy(biases).to(device),
+        penalties=penalties,
+    )
+
+
+def _pairs(edits: list[tuple[int, _Int64]], device: torch.device) -> Tensor | None:
+    """[2, E] of (row, token) from each row's tokens."""
+    if not edits:
+        return None
+    rows = np.repeat([row for row, _ in edits], [len(tokens) for _, tokens in edits])
+    tokens = np.concatenate([tokens for _, tokens in edits])
+    return torch.from_numpy(np.stack((rows.astype(np.int64), tokens))).to(device)
+
+
+def _penalties(
+    picked: npt.NDArray[np.int32], slots: SlotTable, device: torch.device
+) -> PenaltyRows | None:
+    rows = np.flatnonzero(slots.penalty_row[picked] >= 0)
+    if not len(rows):
+        return None
+    paying = picked[rows]
+    pool_rows = torch.from_numpy(slots.penalty_row[paying]).to(device)
+    return PenaltyRows(
+        rows=torch.from_numpy(rows).to(device),
+        repetition=torch.from_numpy(slots.repetition[paying]).to(device),
+        presence=torch.from_numpy(slots.presence[paying]).to(device),
+        frequency=torch.from_numpy(slots.frequency[paying]).to(device),
+        output_counts=slots.penalty_pool.output_counts[pool_rows],
+        in_prompt=slots.penalty_pool.in_prompt[pool_rows],
+    )
+
+
+def _draws(
+    picked: npt.NDArray[np.int32], positions: _Int64, slots: SlotTable, device: torch.device
+) -> DrawRows | None:
+    rows = np.flatnonzero(slots.temperature[picked] > 0)
+    if not len(rows):
+        return None
+    drawing = picked[rows]
+    top_k, top_p = slots.top_k[drawing], slots.top_p[drawing]
+    has_top_k, has_top_p = bool((top_k > 0).any()), bool((top_p < 1).any())
+    with np.errstate(divide="ignore"):
+        log_min_p = np.log(slots.min_p[drawing])
+    numbers = np.stack(
+        (
+            uniforms(slots.seed[drawing], slots.choice[drawing], positions[rows]),
+            slots.temperature[drawing],
+            log_min_p,
+            top_p,
+        )
+    )
+    on_device = torch.from_numpy(numbers).to(device)
+    return DrawRows(
+        rows=torch.from_numpy(rows).to(device),
+        uniforms=on_device[0],
+        temperature=on_device[1],
+        log_min_p=on_device[2],
+        top_k=torch.from_numpy(top_k).to(device),
+        top_p=on_device[3],
+        max_top_k=int(top_k.max()),
+        has_cuts=has_top_k or has_top_p,
+        has_top_p=has_top_p,
+        needs_full_sort=device.type != "cpu" and has_top_p and bool((top_k == 0).any()),
+    )

@@ -1,0 +1,94 @@
+"""From the columns of a Batch to the tensors that the decoder reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.base.errors import UnsupportedError
+from weft.engine.batch import UNKNOWN_TOKEN, Batch, SegmentKind
+from weft.model.forward_step import ChunkRow, ForwardStep, GroupStep
+from weft.runtime.device_context import DeviceContext
+
+_RUNNABLE = (SegmentKind.PREFILL, SegmentKind.DECODE)
+
+
+def check_batch(batch: Batch, num_layers: int) -> None:
+    """Refuse what this executor cannot run.
+
+    Raises:
+        UnsupportedError: a segment kind, adapter, model or layer range that it lacks, by name.
+    """
+    if batch.kinds.max(initial=0) > SegmentKind.DECODE:
+        kinds = sorted(
+            {SegmentKind(k).name for k in batch.kinds.tolist()} - {k.name for k in _RUNNABLE}
+        )
+        raise UnsupportedError(
+            f"segments of kind {', '.join(kinds)} are not supported; supported are "
+            f"{', '.join(kind.name for kind in _RUNNABLE)}"
+        )
+    if batch.adapter_refs:
+        names = ", ".join(ref.id for ref in batch.adapter_refs)
+        raise UnsupportedError(f"adapters ({names}) are not supported; send the bare model's rows")
+    if batch.models.any():
+        raise UnsupportedError("rows of a draft model are not supported; only model 0 is loaded")
+    if batch.layers[:, 0].any() or (batch.layers[:, 1] != num_layers).any():
+        raise UnsupportedError(
+            f"rows must pass all layers [0, {num_layers}); partial layer ranges are not supported"
+        )
+
+
+def build_step(batch: Batch, context: DeviceContext, last_token: Tensor) -> ForwardStep:
+    """Upload a batch; tokens that are not known yet come from `last_token` [slots]."""
+    device = context.device
+    num_decodes = int(np.count_nonzero(batch.kinds == SegmentKind.DECODE))
+    groups = tuple(
+        GroupStep(
+            page_tables=_upload(table, device),
+            write_slots=_upload(write_slots, device),
+            page_tokens=group.page_tokens,
+            window=group.window,
+        )
+        for group, table, write_slots in zip(
+            context.layout.groups, batch.page_tables, batch.write_slots, strict=True
+        )
+    )
+    return ForwardStep(
+        token_ids=_known_tokens(batch, last_token),
+        positions=_upload(batch.positions, device),
+        prefix_lens=_upload(batch.prefix_lens, device),
+        num_decodes=num_decodes,
+        max_decode_context=int(batch.prefix_lens[:num_decodes].max(initial=0)),
+        chunks=_chunks(batch, num_decodes),
+        groups=groups,
+    )
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+def _known_tokens(batch: Batch, last_token: Tensor) -> Tensor:
+    tokens = _upload(batch.token_ids, last_token.device)
+    unknown = batch.token_ids == UNKNOWN_TOKEN
+    if not unknown.any():
+        return tokens
+    where = np.flatnonzero(unknown)
+    rows = np.searchsorted(batch.row_starts, where, side="right") - 1
+    slots = _upload(batch.slots[rows], last_token.device)
+    return tokens.index_copy(0, _upload(where, last_token.device), last_token[slots])
+
+
+def _chunks(batch: Batch, num_decodes: int) -> tuple[ChunkRow, ...]:
+    starts = batch.row_starts
+    return tuple(
+        ChunkRow(
+            row=row,
+            begin=int(starts[row]),
+            end=int(starts[row + 1]),
+            first_prefix=int(batch.prefix_lens[starts[row]]),
+            context=int(batch.prefix_lens[starts[row + 1] - 1]),
+        )
+        for row in range(num_decodes, batch.num_rows)
+    )
