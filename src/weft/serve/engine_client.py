@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -48,29 +48,43 @@ _SHUTDOWN_TIMEOUT_S = 10.0
 logger = logging.getLogger("weft.server")
 
 
+class LiveRequest:
+    """A request that was submitted and has not ended."""
+
+    __slots__ = ("mailbox", "request", "unfinished")
+
+    def __init__(self, request: Request, mailbox: Mailbox) -> None:
+        self.request = request
+        self.mailbox = mailbox
+        self.unfinished = set(range(request.sampling.n))
+        """Choices that have not ended."""
+
+
 class UpdateObserver(Protocol):
     """Who wants to see every request's life, for metrics."""
 
-    def started(self, stream: UpdateStream) -> None:
+    def started(self, live: LiveRequest) -> None:
         """A request goes to the engine."""
         ...
 
-    def updated(self, stream: UpdateStream, update: SequenceUpdate, now_s: float) -> None:
+    def updated(self, live: LiveRequest, update: SequenceUpdate, now_s: float) -> None:
         """The engine sent news of it."""
         ...
 
-    def ended(self, stream: UpdateStream, now_s: float) -> None:
-        """Nothing more will come."""
+    def stopped(self, live: LiveRequest, choice: int) -> None:
+        """A stop string has ended a choice."""
+        ...
+
+    def ended(self, live: LiveRequest, now_s: float) -> None:
+        """Nothing more will come; choices still in `unfinished` were cancelled or failed."""
         ...
 
 
-class UpdateStream:
-    """The updates of one request, in order."""
+class Mailbox:
+    """The updates of one caller's requests, in order."""
 
-    def __init__(self, request: Request, *, only_when_finished: bool) -> None:
-        self.request = request
-        self.unfinished = set(range(request.sampling.n))
-        """Choices that have not ended."""
+    def __init__(self, *, only_when_finished: bool) -> None:
+        self.live: dict[str, LiveRequest] = {}
         self._only_when_finished = only_when_finished
         self._updates: list[SequenceUpdate] = []
         self._error: WeftError | None = None
@@ -80,7 +94,7 @@ class UpdateStream:
         """Wait for news and take all of it; with `only_when_finished` all there will ever be.
 
         Raises:
-            InvalidRequestError: the engine refused the request.
+            InvalidRequestError: the engine refused a request.
             EngineDeadError: the engine is gone.
         """
         while not self._is_ready():
@@ -97,21 +111,22 @@ class UpdateStream:
     def put(self, update: SequenceUpdate) -> None:
         """Called by the client."""
         self._updates.append(update)
-        if update.finish_reason is not None:
-            self.unfinished.discard(update.choice)
         self._wake()
 
     def fail(self, error: WeftError) -> None:
-        """Called by the client: whoever waits gets the error."""
+        """Whoever waits, or comes to wait, gets the error."""
         self._error = error
         self._wake()
 
+    def end(self, request_id: str) -> None:
+        """Called by the client: one request will send nothing more."""
+        del self.live[request_id]
+        self._wake()
+
     def _is_ready(self) -> bool:
-        if self._error is not None:
+        if self._error is not None or not self.live:
             return True
-        if self._only_when_finished:
-            return not self.unfinished
-        return bool(self._updates)
+        return bool(self._updates) and not self._only_when_finished
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done() and self._is_ready():
@@ -136,7 +151,7 @@ class EngineClient:
         self._inbox = open_socket(context, zmq.PULL)
         self._inbox.bind(f"ipc://{directory / FROM_ENGINE_SOCKET}")
         self._async_inbox: zmq.asyncio.Socket | None = None
-        self._streams: dict[str, UpdateStream] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._checks: list[asyncio.Future[Checked]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._is_closing = False
@@ -193,12 +208,12 @@ class EngineClient:
     @property
     def num_live_choices(self) -> int:
         """Choices that were submitted and have not ended."""
-        return sum(len(stream.unfinished) for stream in self._streams.values())
+        return sum(len(live.unfinished) for live in self._live.values())
 
     @property
     def num_live(self) -> int:
         """Requests that were submitted and have not ended."""
-        return len(self._streams)
+        return len(self._live)
 
     def attach(self) -> None:
         """Begin to receive in the running event loop."""
@@ -209,34 +224,39 @@ class EngineClient:
             target=self._watch_process, args=(loop,), name="engine-watch", daemon=True
         ).start()
 
-    def submit(self, request: Request, *, only_when_finished: bool = False) -> UpdateStream:
-        """Send a request to the engine.
+    def submit(self, requests: Iterable[Request], *, only_when_finished: bool = False) -> Mailbox:
+        """Send requests to the engine; their updates come to one mailbox.
 
         Raises:
             EngineDeadError: the engine is gone.
         """
         if self.death is not None:
             raise self.death
-        stream = UpdateStream(request, only_when_finished=only_when_finished)
-        self._streams[request.id] = stream
-        if self.observer is not None:
-            self.observer.started(stream)
-        self._send(Submit(request=request))
-        return stream
+        mailbox = Mailbox(only_when_finished=only_when_finished)
+        for request in requests:
+            live = LiveRequest(request, mailbox)
+            self._live[request.id] = mailbox.live[request.id] = live
+            if self.observer is not None:
+                self.observer.started(live)
+            self._send(Submit(request=request))
+        return mailbox
 
-    def finish(self, stream: UpdateStream, choice: int) -> None:
+    def finish(self, request_id: str, choice: int) -> None:
         """End one choice whose stop string was seen."""
-        if stream.request.id in self._streams:
-            self._send(FinishChoice(request_id=stream.request.id, choice=choice))
-            stream.unfinished.discard(choice)
-            if not stream.unfinished:
-                self._end(stream)
+        live = self._live.get(request_id)
+        if live is not None and choice in live.unfinished:
+            self._send(FinishChoice(request_id=request_id, choice=choice))
+            live.unfinished.discard(choice)
+            if self.observer is not None:
+                self.observer.stopped(live, choice)
+            if not live.unfinished:
+                self._end(live)
 
-    def cancel(self, stream: UpdateStream) -> None:
-        """End a request that nobody waits for any more; does nothing if it has ended."""
-        if stream.request.id in self._streams:
-            self._send(Cancel(request_id=stream.request.id))
-            self._end(stream)
+    def cancel(self, mailbox: Mailbox) -> None:
+        """End what nobody waits for any more; does nothing to requests that have ended."""
+        for live in list(mailbox.live.values()):
+            self._send(Cancel(request_id=live.request.id))
+            self._end(live)
 
     async def check_integrity(self) -> EngineStats:
         """Let the engine verify its pages and sequences.
@@ -322,25 +342,28 @@ class EngineClient:
                 pass
 
     def _deliver(self, update: SequenceUpdate, now_s: float) -> None:
-        stream = self._streams.get(update.request_id)
-        if stream is None:
-            return  # Cancelled, or its last choice ended by a stop string.
+        live = self._live.get(update.request_id)
+        if live is None or update.choice not in live.unfinished:
+            return  # Cancelled, or a stop string has ended it.
         if self.observer is not None:
-            self.observer.updated(stream, update, now_s)
-        stream.put(update)
-        if not stream.unfinished:
-            self._end(stream)
+            self.observer.updated(live, update, now_s)
+        live.mailbox.put(update)
+        if update.finish_reason is not None:
+            live.unfinished.discard(update.choice)
+            if not live.unfinished:
+                self._end(live)
 
     def _refuse(self, refusal: Rejected) -> None:
-        stream = self._streams.get(refusal.request_id)
-        if stream is not None:
-            self._end(stream)
-            stream.fail(InvalidRequestError(refusal.message, refusal.param, refusal.code))
+        live = self._live.get(refusal.request_id)
+        if live is not None:
+            live.mailbox.fail(InvalidRequestError(refusal.message, refusal.param, refusal.code))
+            self.cancel(live.mailbox)
 
-    def _end(self, stream: UpdateStream) -> None:
-        del self._streams[stream.request.id]
+    def _end(self, live: LiveRequest) -> None:
+        del self._live[live.request.id]
         if self.observer is not None:
-            self.observer.ended(stream, time.monotonic())
+            self.observer.ended(live, time.monotonic())
+        live.mailbox.end(live.request.id)
 
     # ---- its end ----
 
@@ -360,9 +383,9 @@ class EngineClient:
         reason = self._failure or f"it ended {_describe_exit(self._process.returncode)}"
         self.death = EngineDeadError(f"the engine process is gone: {reason}")
         logger.error("%s", self.death)
-        for stream in list(self._streams.values()):
-            self._end(stream)
-            stream.fail(self.death)
+        for live in list(self._live.values()):
+            live.mailbox.fail(self.death)
+            self._end(live)
         for answer in self._checks:
             if not answer.done():
                 answer.set_exception(self.death)

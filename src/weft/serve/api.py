@@ -1,0 +1,349 @@
+"""The OpenAI-compatible HTTP API."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import weft
+from weft.base.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from weft.model.tokenizer import Tokenizer
+from weft.serve.api_keys import ANYONE, ApiKeys, Tenant
+from weft.serve.chat import ChatWriter
+from weft.serve.completions import CompletionWriter
+from weft.serve.engine_client import EngineClient
+from weft.serve.event_stream import EventStream, hang_up_calls
+from weft.serve.gate import Gate
+from weft.serve.generation import ClientGoneError, Generation
+from weft.serve.http_errors import DrainingError, HttpError, as_http_error, is_unexpected
+from weft.serve.metrics import ServingMetrics
+from weft.serve.protocol import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    first_problem,
+)
+from weft.serve.request_factory import Prepared, RequestFactory, RequestLimits
+from weft.serve.responses import encode_json
+
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_BODIES: tuple[type[Body], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+_SCHEMAS = "#/components/schemas/"
+
+logger = logging.getLogger("weft.server")
+B = TypeVar("B", bound=Body)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiConfig:
+    """How the API answers."""
+
+    model_names: tuple[str, ...]
+    """Names under which the model is served; answers carry the first."""
+    keys: ApiKeys
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    max_waiting: int = 1024
+    """Answers that may wait beyond those that the engine can run at once."""
+    allow_unknown_params: bool = False
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class Api:
+    """Handlers and the little state that they share."""
+
+    def __init__(self, config: ApiConfig, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.client = client
+        self.tokenizer = tokenizer
+        self.is_draining = False
+        """Set by the server's owner: nothing new is taken."""
+        self.metrics = ServingMetrics(client, model_name=config.model_names[0])
+        client.observer = self.metrics
+        self._factory = RequestFactory(
+            tokenizer=tokenizer,
+            info=client.info,
+            sampling_defaults=config.sampling_defaults,
+            limits=config.limits,
+        )
+        self._created = int(time.time())
+        self._fingerprint = f"weft-{weft.__version__}"
+        self._max_live = client.info.max_num_seqs + config.max_waiting
+        self._warned: set[str] = set()
+
+    def app(self) -> FastAPI:
+        """The ASGI application."""
+        app = FastAPI(title="Weft", version=weft.__version__, redoc_url=None)
+        app.add_middleware(
+            Gate, keys=self.config.keys, max_body_bytes=self.config.limits.max_body_bytes
+        )
+        app.add_exception_handler(HTTPException, _on_http_exception)
+        app.add_exception_handler(Exception, _on_error)
+        for kind in (HttpError, weft.WeftError):
+            app.add_exception_handler(kind, _on_error)
+        self._add_routes(app)
+        app.openapi = lambda: _openapi(app)
+        return app
+
+    # ---- generation ----
+
+    async def completions(self, request: Request) -> Response:
+        """Complete one or several prompts."""
+        self._check_open()
+        body = await self._read(request, CompletionBody)
+        prepared = await self._factory.completions(body, _tenant(request))
+        generation = self._generate(prepared, is_streamed=bool(body.stream))
+        writer = CompletionWriter(
+            body,
+            generation,
+            self.tokenizer,
+            model=self.config.model_names[0],
+            fingerprint=self._fingerprint,
+        )
+        return await self._answer(request, writer, generation, is_streamed=bool(body.stream))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        self._check_open()
+        body = await self._read(request, ChatBody)
+        prepared = await self._factory.chat(body, _tenant(request))
+        generation = self._generate([prepared], is_streamed=bool(body.stream))
+        writer = ChatWriter(
+            body,
+            generation,
+            self.tokenizer,
+            model=self.config.model_names[0],
+            fingerprint=self._fingerprint,
+        )
+        return await self._answer(request, writer, generation, is_streamed=bool(body.stream))
+
+    def _generate(self, prepared: Sequence[Prepared], *, is_streamed: bool) -> Generation:
+        self._check_open()  # Reading and tokenising took a while.
+        try:
+            return Generation(
+                self.client,
+                self.tokenizer,
+                prepared,
+                is_streamed=is_streamed,
+                max_live_choices=self._max_live,
+            )
+        except QueueFullError:
+            self.metrics.rejected()
+            raise
+
+    async def _answer(
+        self,
+        request: Request,
+        writer: CompletionWriter | ChatWriter,
+        generation: Generation,
+        *,
+        is_streamed: bool,
+    ) -> Response:
+        if is_streamed:
+            return EventStream(writer.events(), cancel=generation.abandon)
+        try:
+            async with hang_up_calls(request.receive, generation.abandon):
+                return _json(await writer.whole())
+        except ClientGoneError:
+            return Response(status_code=499)  # Nobody reads it; logs know the number.
+        finally:
+            generation.cancel()
+
+    # ---- tokens ----
+
+    async def tokenize(self, request: Request) -> Response:
+        """Text or conversation to token ids."""
+        body = await self._read(request, TokenizeBody)
+        tokens = await self._factory.tokenize(body)
+        answer: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": self.client.info.max_model_len,
+            "tokens": tokens,
+        }
+        if body.return_token_strs:
+            answer["token_strs"] = [self.tokenizer.token_text(token) for token in tokens]
+        return _json(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        """Token ids to text."""
+        body = await self._read(request, DetokenizeBody)
+        try:
+            text = self.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message, "tokens", error.code) from None
+        return _json({"prompt": text})
+
+    # ---- about the server ----
+
+    async def models(self) -> Response:
+        """All names that are served."""
+        data = [self._card(name) for name in self.config.model_names]
+        return _json({"object": "list", "data": data})
+
+    async def model(self, model: str) -> Response:
+        """One name."""
+        self._check_model(model)
+        return _json(self._card(model))
+
+    async def health(self) -> Response:
+        """200 while requests are taken, 503 otherwise."""
+        self._check_open()
+        return Response(status_code=200)
+
+    async def version(self) -> Response:
+        """The server's version."""
+        return _json({"version": weft.__version__})
+
+    async def prometheus(self) -> Response:
+        """Prometheus' text format."""
+        return Response(self.metrics.render(), media_type=METRICS_MEDIA_TYPE)
+
+    # ---- pieces ----
+
+    def _check_open(self) -> None:
+        if self.client.death is not None:
+            raise EngineDeadError(str(self.client.death))
+        if self.is_draining:
+            raise DrainingError("the server is shutting down; ask another one")
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.config.model_names:
+            raise InvalidRequestError(
+                f"model {name!r} is not served here; served: {', '.join(self.config.model_names)}",
+                "model",
+                "model_not_found",
+            )
+
+    async def _read(self, request: Request, kind: type[B]) -> B:
+        try:
+            body = kind.model_validate_json(await request.body())
+        except ValidationError as error:
+            message, param = first_problem(
+                error.errors(include_url=False, include_context=False, include_input=False)
+            )
+            raise InvalidRequestError(message, param) from None
+        self._check_model(getattr(body, "model", None))
+        self._check_unknown(body)
+        return body
+
+    def _check_unknown(self, body: Body) -> None:
+        unknown = list(body.unknown_keys())
+        if not unknown:
+            return
+        names = ", ".join(unknown)
+        if not self.config.allow_unknown_params:
+            raise InvalidRequestError(
+                f"unknown parameter: {names}; see docs/reference/openai-parameters.md, or start "
+                "the server with --allow-unknown-params",
+                unknown[0].split(".")[0].split("[")[0],
+                "unknown_parameter",
+            )
+        if names not in self._warned and len(self._warned) < 1000:
+            self._warned.add(names)
+            logger.warning("unknown parameters are ignored: %s", names)
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "weft",
+            "root": self.config.model_names[0],
+            "parent": None,
+            "max_model_len": self.client.info.max_model_len,
+        }
+
+    def _add_routes(self, app: FastAPI) -> None:
+        posts = (
+            ("/v1/completions", self.completions, CompletionBody),
+            ("/v1/chat/completions", self.chat, ChatBody),
+            ("/tokenize", self.tokenize, TokenizeBody),
+            ("/detokenize", self.detokenize, DetokenizeBody),
+        )
+        for path, handler, kind in posts:
+            schema = {"$ref": f"{_SCHEMAS}{kind.__name__}"}
+            app.add_api_route(
+                path,
+                handler,
+                methods=["POST"],
+                response_class=Response,
+                responses=_RESPONSES,
+                openapi_extra={
+                    "requestBody": {
+                        "required": True,
+                        "content": {"application/json": {"schema": schema}},
+                    }
+                },
+            )
+        gets = (
+            ("/v1/models", self.models),
+            ("/v1/models/{model:path}", self.model),
+            ("/health", self.health),
+            ("/version", self.version),
+            ("/metrics", self.prometheus),
+        )
+        for path, handler in gets:
+            app.add_api_route(path, handler, methods=["GET"], response_class=Response)
+
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request cannot be served as written."},
+    401: {"description": "The API key is missing or wrong."},
+    404: {"description": "The model is not served."},
+    413: {"description": "The body is too large."},
+    429: {"description": "The queue is full."},
+    503: {"description": "The server is draining, or its engine is gone."},
+}
+
+
+def _tenant(request: Request) -> Tenant:
+    return getattr(request.state, "tenant", ANYONE)
+
+
+def _json(value: Any) -> Response:
+    return Response(encode_json(value), media_type="application/json")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    answer = as_http_error(error)
+    if is_unexpected(answer):
+        logger.error("request %s failed", request.state.request_id, exc_info=error)
+    return answer.response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = dict(getattr(error, "headers", None) or {})
+    where = f"{request.method} {request.url.path}"
+    messages = {
+        404: f"there is no {where} here",
+        405: f"{where} is not possible; allowed: {headers.get('allow', headers.get('Allow', ''))}",
+    }
+    return HttpError(
+        status=status,
+        message=messages.get(status, str(getattr(error, "detail", error))),
+        type="invalid_request_error" if status < 500 else "server_error",
+        code={404: "not_found", 405: "method_not_allowed"}.get(status),
+        headers=headers,
+    ).response()
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        _, definitions = models_json_schema(
+            [(kind, "validation") for kind in _BODIES], ref_template=_SCHEMAS + "{model}"
+        )
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,91 @@
+"""What every HTTP request passes first: its id, its key, its size."""
+
+from __future__ import annotations
+
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from weft.serve.api_keys import ApiKeys
+from weft.serve.http_errors import HttpError
+
+_OPEN_PATHS = frozenset(("/health", "/version", "/metrics"))
+_MAX_REQUEST_ID_CHARS = 256
+
+
+class Gate:
+    """ASGI middleware: echoes X-Request-Id, checks the API key, bounds the body."""
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, max_body_bytes: int) -> None:
+        self._app = app
+        self._keys = keys
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            self._admit(scope, headers)
+        except HttpError as error:
+            await error.response()(scope, receive, send_with_id)
+            return
+        await self._app(scope, self._bounded(receive), send_with_id)
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        if scope["path"] not in _OPEN_PATHS:
+            tenant = self._keys.tenant(headers.get("authorization"))
+            if tenant is None:
+                raise HttpError(
+                    status=401,
+                    message="the API key is missing or wrong; send it as `Authorization: Bearer "
+                    "KEY`",
+                    type="authentication_error",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+            scope["state"]["tenant"] = tenant
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise self._too_large()
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Counts what arrives, for bodies that do not announce their length."""
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> HttpError:
+        return HttpError(
+            status=413,
+            message=f"the body is larger than the {self._max_body_bytes} bytes that this server "
+            "takes (--max-body-bytes)",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )
+
+
+def _request_id(given: str | None) -> str:
+    if given and len(given) <= _MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
+        return given
+    return uuid.uuid4().hex

@@ -1,0 +1,203 @@
+"""The bodies that the HTTP API takes: typed, bounded, strict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+MAX_NAME_CHARS = 512
+MAX_STOP_CHARS = 1024
+MAX_BIASED_TOKENS = 4096
+MAX_MESSAGES = 4096
+_INT32_MAX = 2**31 - 1
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """Strict types; unknown keys are kept, so that they can be refused (or warned of) by name."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, hide_input_in_errors=True)
+
+    def unknown_keys(self, prefix: str = "") -> Iterator[str]:
+        """Keys that no field takes, nested ones by their path."""
+        for key in self.model_extra or ():
+            yield f"{prefix}{key}"
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Body):
+                yield from value.unknown_keys(f"{prefix}{name}.")
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    if not isinstance(item, Body):
+                        break
+                    yield from item.unknown_keys(f"{prefix}{name}[{index}].")
+
+
+class StreamOptions(Body):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(Body):
+    """What completions and chat have in common; null means not given."""
+
+    model: Name | None = None
+    n: Annotated[int, Field(ge=1, le=_INT32_MAX)] | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    logit_bias: Annotated[dict[str, Number], Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | list[StopString] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Count | None = None
+    max_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Count | None = None
+    priority: Annotated[int, Field(ge=-_INT32_MAX, le=_INT32_MAX)] | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    logprobs: Count | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class ContentPart(Body):
+    """One part of a message's content; only `text` is understood."""
+
+    type: Name
+    text: str | None = None
+
+    def unknown_keys(self, prefix: str = "") -> Iterator[str]:
+        """As for every body; but a part of another type is refused by that, not by its keys."""
+        if self.type == "text":
+            yield from super().unknown_keys(prefix)
+
+
+class ChatMessage(Body):
+    """One turn."""
+
+    role: Name
+    content: str | list[ContentPart] | None = None
+    name: Name | None = None
+    refusal: JsonValue = None
+    audio: JsonValue = None
+    annotations: JsonValue = None
+    tool_calls: JsonValue = None
+    tool_call_id: JsonValue = None
+    function_call: JsonValue = None
+
+
+class ConversationBody(Body):
+    """What a chat template is given."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+
+
+class ChatBody(GenerationBody, ConversationBody):
+    """`POST /v1/chat/completions`."""
+
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    store: bool | None = None
+    metadata: dict[str, JsonValue] | None = None
+    safety_identifier: JsonValue = None
+    prompt_cache_key: JsonValue = None
+    prompt_cache_retention: JsonValue = None
+    prompt_cache_options: JsonValue = None
+    service_tier: JsonValue = None
+    response_format: JsonValue = None
+    tools: list[JsonValue] | None = None
+    tool_choice: JsonValue = None
+    parallel_tool_calls: bool | None = None
+    functions: list[JsonValue] | None = None
+    function_call: JsonValue = None
+    modalities: list[JsonValue] | None = None
+    verbosity: JsonValue = None
+    audio: JsonValue = None
+    moderation: JsonValue = None
+    prediction: JsonValue = None
+    reasoning_effort: JsonValue = None
+    web_search_options: JsonValue = None
+
+
+class TokenizeBody(Body):
+    """`POST /tokenize`: a text, or a conversation."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+
+
+class DetokenizeBody(Body):
+    """`POST /detokenize`."""
+
+    model: Name | None = None
+    tokens: list[TokenId]
+
+
+EXPECTED: dict[str, str] = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": "a non-empty string or a list of non-empty strings",
+    "content": "a string or a list of content parts",
+}
+"""What a field takes, where a union's own error message would be a riddle."""
+
+
+def first_problem(errors: list[Any]) -> tuple[str, str | None]:
+    """Turn pydantic's list into one sentence and the name of the offending parameter."""
+    error = errors[0]
+    path = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    param = next((str(part) for part in error["loc"][:1]), None)
+    for part in reversed(error["loc"]):
+        if part in EXPECTED and len(errors) > 1:
+            return f"{part} must be {EXPECTED[part]}", param
+    if error["type"] == "json_invalid" or not error["loc"]:
+        return f"the body is not a valid JSON object: {error['msg']}", None
+    if error["type"] == "missing":
+        return f"{where} is missing; it is required", param
+    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}", param
