@@ -30,12 +30,24 @@ class Row:
     ratio_high: float
     """Smallest and largest ratio over the rounds, each round pairing neighbours in time."""
     target: float | None = None
+    """The least ratio that was promised."""
+    tolerance: float | None = None
+    """The promise instead is a ratio within 1 - tolerance and 1 + tolerance."""
     simulated: bool = False
 
     @property
     def is_met(self) -> bool | None:
         """None where nothing was promised."""
+        if self.tolerance is not None:
+            return abs(self.ratio - 1.0) <= self.tolerance
         return None if self.target is None else self.ratio >= self.target
+
+    @property
+    def promise(self) -> str:
+        """Target or tolerance as printed."""
+        if self.tolerance is not None:
+            return f"1 ± {self.tolerance:.2f}"
+        return "" if self.target is None else f"{self.target:.2f}"
 
 
 def compare(
@@ -84,7 +96,7 @@ def print_rows(rows: Sequence[Row], *, title: str) -> None:
         table.add_column(column, justify="left" if column in ("claim", "unit") else "right")
     for row in rows:
         met = {None: "", True: "met", False: "NOT MET"}[row.is_met]
-        if row.target is None and row.ratio < 1:
+        if row.is_met is None and row.ratio < 1:
             met = "behind"
         table.add_row(
             ("simulated: " if row.simulated else "") + row.claim,
@@ -94,7 +106,7 @@ def print_rows(rows: Sequence[Row], *, title: str) -> None:
             f"{row.ratio:.2f}",
             f"{row.ratio_low:.2f}",
             f"{row.ratio_high:.2f}",
-            "" if row.target is None else f"{row.target:.2f}",
+            row.promise,
             met,
         )
     wide_console().print(table)

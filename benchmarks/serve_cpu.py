@@ -12,6 +12,7 @@ rounds. The machine's own read bandwidth and GEMM rate are measured in the same 
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Entrant:
 
 
 def main() -> None:
+    # A polite kill must still end the workers, which may be stopped and so deaf to it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options = parse_options()
     machine = describe_machine()
     for name, value in machine.items():

@@ -51,14 +51,16 @@ def print_figures(measured: Measured, *, title: str) -> None:
             is_rate = name.startswith((Kind.MIXED, "batch"))
             cells.append(_spread(values, 1.0 if is_rate else 1000.0))
         table.add_row(f"{engine} {dtype}", *cells)
-    wide_console().print(table, "tokens/s for batches; ms for ttft and prefill; median [low, high]")
+    wide_console().print(table)
+    print("tokens/s for batches, ms for ttft and prefill: median [lowest, highest round]")
 
 
 def _spread(values: Sequence[float], scale: float) -> str:
     if not values:
         return ""
     scaled = [scale * value for value in values]
-    return f"{statistics.median(scaled):.4g} [{min(scaled):.4g}, {max(scaled):.4g}]"
+    # The bracket is escaped: rich reads it as a style otherwise.
+    return f"{statistics.median(scaled):.4g} \\[{min(scaled):.4g}, {max(scaled):.4g}]"
 
 
 def model_rows(model: BenchModel, measured: Measured, workloads: Sequence[Workload]) -> list[Row]:
