@@ -7,6 +7,7 @@ EOS. So every expected answer can be computed without a model.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import deque
@@ -173,6 +174,8 @@ def _built(config: EngineConfig, step_s: float, num_pages: int = NUM_PAGES) -> B
         eos_token_ids=(EOS,),
         dtype="float32",
         device="fake",
+        model_path=config.model,
+        sampling_defaults=json.loads(os.environ.get("FAKE_SAMPLING_DEFAULTS", "{}")),
     )
 
 

@@ -39,7 +39,6 @@ def main(options: dict[str, Any]) -> int:
                 limits=RequestLimits(**options.get("limits", {})),
                 max_waiting=options.get("max_waiting", 1024),
                 allow_unknown_params=options.get("allow_unknown_params", False),
-                sampling_defaults=options.get("sampling_defaults", {}),
             ),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -56,7 +56,6 @@ class ApiConfig:
     max_waiting: int = 1024
     """Answers that may wait beyond those that the engine can run at once."""
     allow_unknown_params: bool = False
-    sampling_defaults: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 class Api:
@@ -73,7 +72,7 @@ class Api:
         self._factory = RequestFactory(
             tokenizer=tokenizer,
             info=client.info,
-            sampling_defaults=config.sampling_defaults,
+            sampling_defaults=client.info.sampling_defaults,
             limits=config.limits,
         )
         self._created = int(time.time())

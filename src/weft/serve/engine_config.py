@@ -51,6 +51,10 @@ class EngineConfig:
 class EngineInfo:
     """A ready engine's resolved settings."""
 
+    model_path: str
+    """The model's directory on this machine, tokenizer included."""
+    sampling_defaults: dict[str, float]
+    """`SamplingParams` fields that the model's authors advise."""
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 from weft.base.clock import Clock, WallClock
@@ -22,11 +22,13 @@ class BuiltExecutor:
     """An executor and what was resolved while it was built."""
 
     executor: BatchExecutor
+    model_path: str
     max_model_len: int
     max_num_batched_tokens: int
     eos_token_ids: tuple[int, ...]
     dtype: str
     device: str
+    sampling_defaults: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class EngineCore:
@@ -56,6 +58,8 @@ class EngineCore:
             self._executor = TracedExecutor(self._executor, path=config.trace_path, clock=clock)
         self._loop = EngineLoop(self._policy, self._executor)
         self.info = EngineInfo(
+            model_path=built.model_path,
+            sampling_defaults=built.sampling_defaults,
             max_model_len=built.max_model_len,
             max_num_seqs=info.max_num_seqs,
             max_num_batched_tokens=built.max_num_batched_tokens,

@@ -53,13 +53,13 @@ def run_server(
     listener = _bind(config.host, config.port)
     try:
         with _terminate_raises():
-            tokenizer = Tokenizer.from_directory(config.engine.model)
             client = EngineClient.start(config.engine)
     except BaseException:
         listener.close()
         raise
-    server = _Server(config, client, tokenizer, listener)
     try:
+        tokenizer = Tokenizer.from_directory(client.info.model_path)
+        server = _Server(config, client, tokenizer, listener)
         return asyncio.run(server.run(on_ready))
     finally:
         client.close()

@@ -1,0 +1,327 @@
+"""`LLM`: the engine in your own process, in vLLM's shape."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import count
+from types import TracebackType
+from typing import Any, Self, TypedDict
+
+from weft.base.clock import WallClock
+from weft.base.errors import ConfigError, InvalidRequestError, UnsupportedError
+from weft.engine.request import EngineStats, Request, SequenceUpdate
+from weft.engine.sampling import SamplingParams
+from weft.model.tokenizer import Tokenizer
+from weft.serve.engine_config import RUNTIME_BUILDER, EngineConfig
+from weft.serve.engine_core import EngineCore
+from weft.serve.output_processor import RequestProcessor
+from weft.serve.outputs import RequestOutput
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, taken as they are."""
+
+    prompt_token_ids: Sequence[int]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+Prompt = str | TokensPrompt | TextPrompt
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model and its engine, in this process. A context manager; `close` gives everything back.
+
+    Raises:
+        ModelLoadError: the model directory is missing, half-written or inconsistent.
+        UnsupportedError: the model, or a setting, is of a kind that Weft does not run.
+        OutOfMemoryError: the KV cache cannot hold one sequence; the message says what would do.
+        ConfigError: a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        seed: int = 0,
+        enable_prefix_caching: bool = True,
+        num_threads: int | None = None,
+        tensor_parallel_size: int = 1,
+        trace: str | None = None,
+        builder: str = RUNTIME_BUILDER,
+    ) -> None:
+        if tensor_parallel_size != 1:
+            raise UnsupportedError(
+                f"tensor_parallel_size is {tensor_parallel_size}, which is not supported; "
+                "supported is 1"
+            )
+        self._core = EngineCore(
+            EngineConfig(
+                model=str(model),
+                dtype=dtype,
+                device=device,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                seed=seed,
+                enable_prefix_caching=enable_prefix_caching,
+                num_threads=num_threads,
+                trace_path=trace,
+                builder=builder,
+            )
+        )
+        self.info = self._core.info
+        """The engine's resolved settings."""
+        self._tokenizer = Tokenizer.from_directory(self.info.model_path)
+        self._clock = WallClock()
+        self._numbers = count()
+        self._is_closed = False
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: object = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts; returns one output a prompt, in their order.
+
+        A prompt is text, `{"prompt": text}` or `{"prompt_token_ids": ids}`; a list holds several.
+        One `sampling_params` serves all prompts, a list gives each its own, None takes
+        `get_default_sampling_params()`. The progress bar shows on terminals only.
+
+        Raises:
+            InvalidRequestError: a prompt or its parameters cannot be served; nothing has run.
+            UnsupportedError: `lora_request` is not None.
+        """
+        _refuse_adapter(lora_request)
+        items: list[Prompt] = (
+            [prompts] if isinstance(prompts, str | Mapping) else list(prompts)  # pyright: ignore
+        )
+        texts, token_ids = self._encode(items)
+        return self._run(texts, token_ids, sampling_params, priority, use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: object = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several; returns one output a conversation.
+
+        Raises:
+            InvalidRequestError: a conversation does not fit the chat template or the context.
+            UnsupportedError: `lora_request` is not None.
+        """
+        _refuse_adapter(lora_request)
+        is_single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if is_single else messages
+        token_ids = [
+            self._tokenizer.encode_chat(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        texts: list[str | None] = [None] * len(token_ids)
+        return self._run(texts, token_ids, sampling_params, None, use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generation_config.json advises."""
+        defaults: dict[str, Any] = dict(self.info.sampling_defaults)
+        return SamplingParams(**defaults)
+
+    @property
+    def engine_stats(self) -> EngineStats:
+        """Gauges and counters of this instant."""
+        return self._core.stats()
+
+    def check_integrity(self) -> None:
+        """Verify every invariant of pages and sequences.
+
+        Raises:
+            IntegrityError: one is broken.
+        """
+        self._core.check_integrity()
+
+    def close(self) -> None:
+        """Give back memory and threads; idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---- pieces ----
+
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[str | None], list[Sequence[int]]]:
+        texts: list[str | None] = []
+        token_ids: list[Sequence[int]] = []
+        for index, prompt in enumerate(prompts):
+            text = prompt if isinstance(prompt, str) else _field(prompt, index)
+            if isinstance(text, str):
+                texts.append(text)
+                token_ids.append(self._tokenizer.encode(text))
+            else:
+                texts.append(None)
+                token_ids.append(text)
+        return texts, token_ids
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        token_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        *,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if self._is_closed:
+            raise ConfigError("this LLM is closed; make a new one")
+        params = self._spread(sampling_params, len(token_ids))
+        priorities = _of_length("priority", priority or [0] * len(token_ids), len(token_ids))
+        requests = [
+            Request(
+                id=f"llm-{next(self._numbers)}",
+                prompt_token_ids=tuple(ids),
+                sampling=sampling,
+                priority=urgency,
+                arrival_s=self._clock.now_s(),
+            )
+            for ids, sampling, urgency in zip(token_ids, params, priorities, strict=True)
+        ]
+        for index, request in enumerate(requests):
+            self._validate(request, index)
+        processors = {
+            request.id: RequestProcessor(request, self._tokenizer, prompt=text)
+            for request, text in zip(requests, texts, strict=True)
+        }
+        with _progress(len(requests), shown=use_tqdm) as advance:
+            self._drive(processors, advance)
+        return [processor.output() for processor in processors.values()]
+
+    def _drive(self, processors: dict[str, RequestProcessor], advance: Callable[[], None]) -> None:
+        try:
+            for processor in processors.values():
+                self._core.add(processor.request)
+            while self._core.has_work:
+                for update in self._core.step():
+                    processor = processors.get(update.request_id)
+                    if processor is not None:  # Else of a call that was interrupted.
+                        self._take(processor, update, advance)
+        finally:
+            # After an interrupt or an error the engine must be as it was before.
+            for request_id, processor in processors.items():
+                if not processor.is_finished:
+                    self._core.cancel(request_id)
+
+    def _take(
+        self, processor: RequestProcessor, update: SequenceUpdate, advance: Callable[[], None]
+    ) -> None:
+        if processor.is_finished:
+            return
+        processor.push(update)
+        for choice in processor.choices_to_finish:
+            self._core.finish(update.request_id, choice)
+        processor.choices_to_finish.clear()
+        if processor.is_finished:
+            advance()
+
+    def _validate(self, request: Request, index: int) -> None:
+        try:
+            self._core.validate(request)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(
+                f"prompt {index}: {error.message}", error.param, error.code
+            ) from None
+
+    def _spread(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, number: int
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * number
+        return _of_length("sampling_params", given, number)
+
+
+def _field(prompt: Any, index: int) -> str | Sequence[int]:
+    fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {}
+    if set(fields) == {"prompt"} and isinstance(fields["prompt"], str):
+        return fields["prompt"]
+    if set(fields) >= {"prompt_token_ids"} and set(fields) <= {"prompt_token_ids", "prompt"}:
+        return fields["prompt_token_ids"]
+    raise InvalidRequestError(
+        f"prompt {index} is {type(prompt).__name__} {sorted(fields)}; a prompt is text, "
+        '{"prompt": text} or {"prompt_token_ids": ids}',
+        "prompts",
+    )
+
+
+def _of_length(name: str, values: Sequence[Any], number: int) -> Sequence[Any]:
+    if len(values) != number:
+        raise InvalidRequestError(
+            f"{name} holds {len(values)} entries for {number} prompts; give one for all, or one "
+            "a prompt",
+            name,
+        )
+    return values
+
+
+def _refuse_adapter(lora_request: object) -> None:
+    if lora_request is not None:
+        raise UnsupportedError("lora_request is not supported yet; leave it None")
+
+
+@contextlib.contextmanager
+def _progress(total: int, *, shown: bool) -> Generator[Callable[[], None]]:
+    """Yields what to call when a request ends; draws only on a terminal."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    # Imported here: not every process that imports the room has a terminal.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = ("generating", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
