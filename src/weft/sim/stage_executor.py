@@ -60,7 +60,7 @@ class SimulatedStageExecutor:
         fills = _Fills(jobs=["train"], job=np.zeros(tasks.num_actions, dtype=np.int32))
         result = run(tasks, paths, overlap=self.overlap)
         if self.on_bubble is not None and len(bubbles):
-            result = self._run_with_fills(tasks, paths, result, fills, bubbles)
+            result = self._run_with_fills(tasks, paths, result, fills, bubbles, self.on_bubble)
         return self._timeline(tasks, result, fills, schedule, num_steps)
 
     def _run_with_fills(
@@ -70,11 +70,11 @@ class SimulatedStageExecutor:
         dry: KernelResult,
         fills: _Fills,
         bubbles: NDArray[np.int64],
+        hook: BubbleHook,
     ) -> KernelResult:
         """Run again, now asking the hook; deadlines and free memory are those of the dry run."""
         memory = self._memory(tasks, dry)
         needed = tasks.next_task
-        hook = self.on_bubble
         devices = self.plan.cluster.devices
 
         def on_bubble(task: int, now: float) -> float:
@@ -82,7 +82,7 @@ class SimulatedStageExecutor:
             after = int(needed[task])
             deadline_s = float(dry.start_s[after]) if after >= 0 else float(dry.end_s.max())
             used = memory.used_at(device, float(dry.start_s[task]))
-            fill = hook and hook(
+            fill = hook(
                 Bubble(
                     device=device,
                     start_s=now,
@@ -90,7 +90,7 @@ class SimulatedStageExecutor:
                     free_bytes=max(devices[device].type.memory_bytes - used, 0),
                 )
             )
-            if not fill:
+            if fill is None:
                 return 0.0
             fills.record(task, fill.job)
             return fill.duration_s

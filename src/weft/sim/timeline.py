@@ -90,7 +90,8 @@ class Timeline:
         counts = (self.job == 0) & ~np.isin(self.actions.kind, [*_TRAFFIC, CODE[ActionKind.BUBBLE]])
         position = np.searchsorted(self.devices, self.device[counts])
         seconds = self.end_s[counts] - self.start_s[counts]
-        return np.bincount(position, weights=seconds, minlength=self.num_devices)
+        busy_s = np.bincount(position, weights=seconds, minlength=self.num_devices)
+        return busy_s.astype(np.float64)
 
     @property
     def bubble_fraction(self) -> float:
