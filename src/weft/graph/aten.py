@@ -48,6 +48,7 @@ class AtenCost:
     saves_output: bool = False
     extra_saved_bytes: int = 0
     gathers: bool = False
+    is_product: bool = False
 
 
 def _names(text: str) -> frozenset[str]:
@@ -138,6 +139,7 @@ def _product_cost(
         flops_forward=flops + extra,
         flops_backward=flops * (a.needs_grad + b.needs_grad),
         saved_inputs=tuple(saved),
+        is_product=True,
     )
 
 
@@ -173,6 +175,7 @@ def _einsum(operands: Sequence[Operand], output: Operand, equation: str) -> Aten
         flops_forward=flops,
         flops_backward=flops * sum(o.needs_grad for o in operands),
         saved_inputs=tuple(range(len(operands))),
+        is_product=True,
     )
 
 
@@ -187,6 +190,7 @@ def _attention(operands: Sequence[Operand], output: Operand) -> AtenCost:
         saved_inputs=(0, 1, 2) if needs else (),
         saves_output=needs,
         extra_saved_bytes=4 * rows if needs else 0,
+        is_product=True,
     )
 
 
@@ -202,6 +206,7 @@ def _recurrent(operands: Sequence[Operand], output: Operand) -> AtenCost:
         saves_output=needs,
         # Gate activations: as many values as the first weight has rows, per step.
         extra_saved_bytes=steps * operands[-1].shape[0] * output.itemsize if needs else 0,
+        is_product=True,
     )
 
 

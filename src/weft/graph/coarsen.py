@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from weft.base.errors import ConfigError
-from weft.graph.graph import Edge, Graph, Op
+from weft.graph.graph import Edge, Graph, Op, merge_kernels
 
 # FLOP that a device does in the time of moving one byte: 15.7e12 / 900e9 on the fp32 V100 of the
 # paper, rounded; only the relative work of blocks depends on it.
@@ -82,8 +82,14 @@ def _by_modules(graph: Graph, start: _Contraction, max_blocks: int) -> _Contract
 
 def op_work(op: Op) -> float:
     """One number for how long an operator takes per sample, forward and backward."""
-    flops = op.flops_forward + op.flops_backward
-    return max(flops, (op.bytes_accessed + op.bytes_accessed_backward) * _FLOPS_PER_BYTE)
+    return sum(
+        kernel.count
+        * max(
+            kernel.flops_forward + kernel.flops_backward,
+            (kernel.bytes_accessed + kernel.bytes_accessed_backward) * _FLOPS_PER_BYTE,
+        )
+        for kernel in op.parts
+    )
 
 
 def _module_pieces(graph: Graph) -> list[tuple[str, ...]]:
@@ -306,16 +312,13 @@ class _Contraction:
         }
         count = Counter(paths.values())
         ids = self.graph.op_by_id
-        return {
-            group: paths[group]
-            if len(members) > 1
-            and paths[group]
-            and count[paths[group]] == 1
-            # The path is taken (or empty): the first member's id is unique.
-            and paths[group] not in ids
-            else members[0]
-            for group, members in self.members.items()
-        }
+        names: dict[int, str] = {}
+        for group, members in self.members.items():
+            path = paths[group]
+            # Where the path is taken, or empty, the first member's id is unique.
+            free = bool(path) and count[path] == 1 and path not in ids
+            names[group] = path if free and len(members) != 1 else members[0]
+        return names
 
     def _block(self, group: int, name: str) -> Op:
         members = [self.graph.op_by_id[m] for m in self.members[group]]
@@ -341,7 +344,7 @@ class _Contraction:
             is_loss=any(op.is_loss for op in members),
             signature=self.shape[group],
             members=tuple(op.id for op in members),
-            num_kernels=sum(op.num_kernels for op in members),
+            kernels=merge_kernels(kernel for op in members for kernel in op.parts),
         )
 
     def _output_bytes(self, members: Sequence[Op]) -> int:

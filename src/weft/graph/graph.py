@@ -7,7 +7,7 @@ import heapq
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,34 @@ class Parameter:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """`count` equal kernels inside an operator; figures of one, as in Op.
+
+    `is_product` tells matrix products, convolutions and attention, whose arithmetic may bind, from
+    everything else, which memory binds.
+    """
+
+    flops_forward: float = 0.0
+    flops_backward: float = 0.0
+    bytes_accessed: float = 0.0
+    bytes_accessed_backward: float = 0.0
+    fixed_flops: float = 0.0
+    fixed_bytes: float = 0.0
+    fixed_bytes_backward: float = 0.0
+    is_product: bool = True
+    count: int = 1
+
+
+def merge_kernels(kernels: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """The same kernels with equal ones counted together, in order of first appearance."""
+    counts: dict[Kernel, int] = {}
+    for kernel in kernels:
+        one = replace(kernel, count=1)
+        counts[one] = counts.get(one, 0) + kernel.count
+    return tuple(replace(kernel, count=count) for kernel, count in counts.items())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Op:
     """One operator, or one block of them; every cost is per sample unless its name says `fixed`.
 
@@ -59,6 +87,8 @@ class Op:
     `saved_bytes` is kept from forward to backward. `signature` is equal for operators that are
     structurally equal (kind, shapes, parameter shapes), so that their costs are looked up once.
     `members` lists the operators inside a block, in order; it is empty for a plain operator.
+    `kernels` breaks the figures down, so that a block costs what its operators cost one by one; an
+    operator without them is a single product.
     """
 
     id: str
@@ -78,7 +108,24 @@ class Op:
     is_loss: bool = False
     signature: str = ""
     members: tuple[str, ...] = ()
-    num_kernels: int = 1
+    kernels: tuple[Kernel, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Kernel, ...]:
+        """The kernels, also of an operator that does not list them."""
+        if self.kernels:
+            return self.kernels
+        return (
+            Kernel(
+                flops_forward=self.flops_forward,
+                flops_backward=self.flops_backward,
+                bytes_accessed=self.bytes_accessed,
+                bytes_accessed_backward=self.bytes_accessed_backward,
+                fixed_flops=self.fixed_flops,
+                fixed_bytes=self.fixed_bytes,
+                fixed_bytes_backward=self.fixed_bytes_backward,
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +258,7 @@ class Graph:
             return cls(
                 name=data["name"],
                 dtype=data.get("dtype", "float32"),
-                ops=tuple(Op(**_tuples(op)) for op in data["ops"]),
+                ops=tuple(_read_op(op) for op in data["ops"]),
                 edges=tuple(Edge(**edge) for edge in data["edges"]),
                 parameters=tuple(Parameter(**p) for p in data["parameters"]),
             )
@@ -306,17 +353,28 @@ class Graph:
 
 _OP_DEFAULTS = asdict(Op(id="", kind=""))
 _EDGE_DEFAULTS = asdict(Edge(source="", target="", bytes_per_sample=-1))
+_KERNEL_DEFAULTS = asdict(Kernel())
 _OP_NUMBERS = tuple(name for name, value in _OP_DEFAULTS.items() if type(value) in (int, float))
 
 
 def _without_defaults(item: Op | Edge, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in asdict(item).items() if k not in defaults or v != defaults[k]} | {
-        k: v for k, v in asdict(item).items() if k in ("id", "kind", "source", "target")
-    }
+    fields = asdict(item)
+    keep = {k: v for k, v in fields.items() if k not in defaults or v != defaults[k]}
+    if isinstance(item, Op):
+        keep |= {"id": item.id, "kind": item.kind}
+        if item.kernels:
+            keep["kernels"] = [
+                {k: v for k, v in asdict(kernel).items() if v != _KERNEL_DEFAULTS[k]}
+                for kernel in item.kernels
+            ]
+    return keep | {k: fields[k] for k in ("source", "target") if k in fields}
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _read_op(fields: Mapping[str, Any]) -> Op:
+    kernels = tuple(Kernel(**kernel) for kernel in fields.get("kernels", ()))
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    plain["kernels"] = kernels
+    return Op(**plain)
 
 
 def _check_ids(ops: tuple[Op, ...], edges: tuple[Edge, ...]) -> None:

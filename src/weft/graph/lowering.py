@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.base.errors import GraphError
-from weft.graph.graph import Edge, Graph, Op, Parameter
+from weft.graph.graph import Edge, Graph, Kernel, Op, Parameter, merge_kernels
 from weft.graph.recorder import Origin, Recorder, Step, Value
 
 LOSS_PATH = "loss"
@@ -198,16 +198,12 @@ def _op(
     batch = recording.batch
     inside = {step.index for step in steps}
     weights = {v.storage: v for s in steps for v in s.reads if v.origin is Origin.WEIGHT}
-    traffic = [_traffic(step) for step in steps]
     served = tasks[steps[0].index]
+    kernels = merge_kernels(_kernel(step, batch) for step in steps)
     fields: dict[str, Any] = {
-        "flops_forward": sum(s.cost.flops_forward for s in steps) / batch,
-        "flops_backward": sum(s.cost.flops_backward for s in steps) / batch,
-        "bytes_accessed": sum(t.forward for t in traffic) / batch,
-        "bytes_accessed_backward": sum(t.backward for t in traffic) / batch,
-        "fixed_flops": sum(v.weight_flops for v in weights.values()),
-        "fixed_bytes": sum(t.fixed for t in traffic),
-        "fixed_bytes_backward": sum(t.fixed_backward for t in traffic),
+        name: sum(getattr(k, name) * k.count for k in kernels)
+        for name in Kernel.__dataclass_fields__
+        if name not in ("is_product", "count")
     }
     last = [s for s in steps if not (inside & _readers(s, steps))]
     kind = steps[0].name if len(steps) == 1 else "loss"
@@ -225,12 +221,27 @@ def _op(
         task=served[0] if len(served) == 1 else "",
         is_loss=is_loss,
         signature=hashlib.sha256(identity.encode()).hexdigest()[:16],
-        num_kernels=len(steps),
+        kernels=kernels,
     )
 
 
 def _readers(step: Step, steps: Sequence[Step]) -> set[int]:
     return {s.index for s in steps if step.index in s.producers}
+
+
+def _kernel(step: Step, batch: int) -> Kernel:
+    traffic = _traffic(step)
+    weights = {v.storage: v for v in step.reads if v.origin is Origin.WEIGHT}
+    return Kernel(
+        flops_forward=step.cost.flops_forward / batch,
+        flops_backward=step.cost.flops_backward / batch,
+        bytes_accessed=traffic.forward / batch,
+        bytes_accessed_backward=traffic.backward / batch,
+        fixed_flops=sum(v.weight_flops for v in weights.values()),
+        fixed_bytes=traffic.fixed,
+        fixed_bytes_backward=traffic.fixed_backward,
+        is_product=step.cost.is_product,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
