@@ -1,0 +1,173 @@
+"""`weft profile --serve`: measure a model's iterations on this machine into a profile."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
+from weft.cost.step_time import IterationShape
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def profile_serve(
+    model: Annotated[
+        str, typer.Argument(help="Model directory or hub id; default: the embedded")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="File to write")] = Path("profile.json"),
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, float64 or auto")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most running sequences")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an iteration")
+    ] = None,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(help="Memory of keys and values")
+    ] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
+    num_rounds: Annotated[int, typer.Option(help="Passes over all points")] = 5,
+    time_limit_s: Annotated[float, typer.Option(help="No pass starts after this")] = 90.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    serve: Annotated[bool, typer.Option("--serve", hidden=True)] = True,
+) -> None:
+    """Measure a model's iterations on this machine, fit them, and write the profile."""
+    # Imported here, so that --help and wrong options answer without loading torch.
+    from weft.model.embedded import embedded_model_path
+    from weft.runtime.build import ExecutorConfig, build_executor
+    from weft.runtime.serve_profiler import ProfileConfig, profile_serving
+
+    built = build_executor(
+        ExecutorConfig(
+            model=model or str(embedded_model_path()),
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_threads=num_threads,
+        )
+    )
+    resolved = built.resolved
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("measuring", total=1.0)
+        profile = profile_serving(
+            built.executor,
+            ProfileConfig(
+                max_model_len=resolved.max_model_len,
+                max_num_batched_tokens=resolved.max_num_batched_tokens,
+                num_rounds=num_rounds,
+                time_limit_s=time_limit_s,
+            ),
+            model=resolved.model_path.name,
+            dtype=str(resolved.dtype).removeprefix("torch."),
+            device=_device_name(resolved.device),
+            progress=lambda text, done: bar.update(task, description=text, completed=done),
+        )
+    built.executor.close()
+    profile.write(out)
+    if as_json:
+        print(json.dumps(_summary(profile, out)))
+    else:
+        _print(profile, out)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb on its arguments; SystemExit on --help and on a wrong option."""
+    app(args=argv, prog_name="weft profile --serve")
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _summary(profile: StepTimeProfile, out: Path) -> dict[str, Any]:
+    residuals = profile.device_fit.residuals
+    return {
+        "out": str(out),
+        "model": profile.model,
+        "dtype": profile.dtype,
+        "device": profile.device,
+        "num_points": len(profile.device_points),
+        "num_repeats": min(point.num_repeats for point in profile.device_points),
+        "fit_error": {"median": residuals.median, "p95": residuals.p95, "max": residuals.max},
+        "decode_step_s": {
+            str(point.shape.num_decode_rows): point.seconds
+            for point in _shortest_decodes(profile.device_points)
+        },
+        "settings": dict(profile.settings),
+    }
+
+
+def _shortest_decodes(points: tuple[MeasuredStep, ...]) -> list[MeasuredStep]:
+    """For each number of decodes alone, the point with the least context."""
+    best: dict[int, MeasuredStep] = {}
+    for point in points:
+        rows = point.shape.num_decode_rows
+        if point.shape.num_prefill_rows:
+            continue
+        if (
+            rows not in best
+            or point.shape.decode_context_tokens < best[rows].shape.decode_context_tokens
+        ):
+            best[rows] = point
+    return [best[rows] for rows in sorted(best)]
+
+
+def _describe(shape: IterationShape) -> str:
+    parts: list[str] = []
+    if shape.num_decode_rows:
+        context = shape.decode_context_tokens / shape.num_decode_rows
+        parts.append(f"{shape.num_decode_rows} decodes at context {context:.0f}")
+    if shape.num_prefill_rows:
+        parts.append(f"{shape.num_prefill_rows} x {_chunk(shape)} prefill tokens")
+    return " + ".join(parts)
+
+
+def _chunk(shape: IterationShape) -> int:
+    return shape.num_prefill_tokens // max(shape.num_prefill_rows, 1)
+
+
+def _print(profile: StepTimeProfile, out: Path) -> None:
+    console = Console()
+    table = Table(title=f"{profile.model}, {profile.dtype}, {profile.device}")
+    for column in ("iteration", "measured, ms", "fitted, ms", "spread"):
+        table.add_column(column, justify="left" if column == "iteration" else "right")
+    for point in profile.device_points:
+        table.add_row(
+            _describe(point.shape),
+            f"{point.seconds * 1e3:.2f}",
+            f"{profile.device_fit.seconds(point.shape) * 1e3:.2f}",
+            f"{point.spread:.0%}",
+        )
+    console.print(table)
+    residuals = profile.device_fit.residuals
+    console.print(
+        f"fit: median error {residuals.median:.1%}, p95 {residuals.p95:.1%}, "
+        f"worst {residuals.max:.1%}"
+        + (f" ({_describe(residuals.worst)})" if residuals.worst is not None else ""),
+        highlight=False,
+    )
+    console.print(f"wrote {out}", highlight=False)
