@@ -28,7 +28,7 @@ class Row:
     ratio: float
     ratio_low: float
     ratio_high: float
-    """Smallest and largest ratio over the rounds, each round pairing neighbours in time."""
+    """Smallest and largest ratio over the rounds, each pairing the two sides of one round."""
     target: float | None = None
     """The least ratio that was promised."""
     tolerance: float | None = None

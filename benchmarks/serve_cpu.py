@@ -2,8 +2,8 @@
 
 Every engine is loaded once in its own process and stopped (SIGSTOP) unless it is its turn, so that
 only one computes. In each round every engine gets the same fresh random prompts, and the order
-rotates. A ratio compares neighbours in time; a row shows its median, lowest and highest over the
-rounds. The machine's own read bandwidth and GEMM rate are measured in the same rotation.
+rotates. A ratio compares two engines within one round; a row shows its median, lowest and highest
+over the rounds. The machine's own read bandwidth and GEMM rate are measured in the same rotation.
 
     python benchmarks/serve_cpu.py --rounds 5 --json serve_cpu.json
     python benchmarks/serve_cpu.py --quick --peers transformers --models embedded

@@ -77,7 +77,7 @@ def model_rows(model: BenchModel, measured: Measured, workloads: Sequence[Worklo
     return rows
 
 
-def target_ratio(model: str, peer: str, dtype: str, workload: Workload) -> float | None:
+def target_ratio(model: str, peer: str, workload: Workload) -> float | None:
     """The ratio that the project set itself; None where it promised nothing."""
     is_throughput = workload.kind in (Kind.UNIFORM, Kind.MIXED)
     if peer == "vllm":
@@ -88,7 +88,7 @@ def target_ratio(model: str, peer: str, dtype: str, workload: Workload) -> float
         return 2.0 if workload.kind is Kind.MIXED else 1.5
     if model == "rand110":
         return 1.0
-    if peer == "llama.cpp" and workload.batch >= 8 and dtype == "float32":
+    if peer == "llama.cpp" and workload.batch >= 8:
         return 1.0
     return None
 
@@ -107,7 +107,7 @@ def _peer_rows(model: BenchModel, measured: Measured, workload: Workload, dtype:
                     workload,
                     [ours[r] for r in rounds],
                     [theirs[r] for r in rounds],
-                    target_ratio(model.name, peer, dtype, workload),
+                    target_ratio(model.name, peer, workload),
                 )
             )
     return rows

@@ -16,7 +16,6 @@ class WeftEngine:
     """Drives the public offline interface, nothing deeper."""
 
     def load(self, spec: dict[str, Any]) -> dict[str, str]:
-        torch.set_num_threads(spec["num_threads"])
         self._llm = LLM(
             spec["model"],
             dtype=spec["dtype"],
@@ -24,6 +23,7 @@ class WeftEngine:
             max_model_len=spec["max_model_len"],
             max_num_seqs=spec["max_num_seqs"],
             kv_cache_memory_bytes=spec["kv_cache_memory_bytes"],
+            num_threads=spec["num_threads"],
             seed=0,
             **spec.get("options", {}),
         )
