@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,20 @@ Loss = Callable[..., "Tensor | Mapping[str, Tensor]"]
 
 class CaptureError(UnsupportedError):
     """A module that cannot be captured; the message holds torch.export's reason and the path."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capture:
+    """A graph with the exported program that it came from, for whoever runs parts of it.
+
+    `nodes` maps each operator's id to the names of the program's nodes that make it up; `batch` is
+    the number of samples in the example.
+    """
+
+    graph: Graph
+    program: ExportedProgram
+    nodes: Mapping[str, tuple[str, ...]]
+    batch: int
 
 
 def capture(
@@ -61,6 +76,28 @@ def capture(
     Raises CaptureError with torch.export's reason and the module's path when export fails,
     GraphError when trainable parameters reach no loss, ConfigError for a bad example batch.
     """
+    return trace(
+        module,
+        example_inputs,
+        loss=loss,
+        targets=targets,
+        batch_axes=batch_axes,
+        training=training,
+        name=name,
+    ).graph
+
+
+def trace(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    *,
+    loss: Loss | None = None,
+    targets: tuple[Any, ...] = (),
+    batch_axes: int | Sequence[int | None] = 0,
+    training: bool = True,
+    name: str = "",
+) -> Capture:
+    """As `capture`, and keeps the exported program beside the graph."""
     if isinstance(example_inputs, Tensor):
         raise ConfigError(
             "example_inputs is a tensor; pass a tuple of positional arguments or a mapping of "
@@ -82,7 +119,7 @@ def capture(
         tasks = wrapper.loss.tasks()
         losses = dict(zip(tasks, outputs[: len(tasks)], strict=True))
         outputs = outputs[len(tasks) :]
-    return lower(
+    lowered = lower(
         Recording(
             name=name or type(module).__name__,
             recorder=walker.recorder,
@@ -93,6 +130,11 @@ def capture(
             dtype=walker.main_dtype,
         )
     )
+    nodes = {
+        op_id: tuple(dict.fromkeys(walker.node_of_step[i] for i in steps))
+        for op_id, steps in lowered.steps_of_op.items()
+    }
+    return Capture(graph=lowered.graph, program=program, nodes=nodes, batch=batch)
 
 
 class _Trained(nn.Module):
@@ -232,6 +274,8 @@ class _Walker:
         self.program = program
         self.recorder = Recorder()
         self.training = training
+        self.node_of_step: list[str] = []
+        self._node = ""
         self._copies: dict[tuple[Any, ...], bool] = {}
         self._canonical: dict[str, str] = {}
         self.parameters: dict[str, Parameter] = {}
@@ -288,6 +332,8 @@ class _Walker:
             elif node.op == "get_attr":
                 env[node] = self._attribute(graph_module, node)
             elif node.op == "call_function":
+                if graph_module is self.program.graph_module:
+                    self._node = node.name
                 env[node] = self._call(node, env, grad_enabled)
             elif node.op == "output":
                 return [env[a] if isinstance(a, Node) else a for a in node.args[0]]
@@ -359,7 +405,7 @@ class _Walker:
             return [self.recorder.view(reads[0], o, detached=detached) for o in operands]
         schema = getattr(target, "_schema", None)
         first = schema.arguments[0].alias_info if schema and schema.arguments else None
-        return self.recorder.call(
+        values = self.recorder.call(
             name.removesuffix("_"),
             _module_path(node),
             reads,
@@ -368,6 +414,9 @@ class _Walker:
             in_place=bool(first and first.is_write),
             equation=args[0] if name == "einsum" else "",
         )
+        num_new = len(self.recorder.steps) - len(self.node_of_step)
+        self.node_of_step.extend([self._node] * num_new)
+        return values
 
     def _is_view(self, name: str, node: Node, args: tuple[Any, ...], outputs: list[Tensor]) -> bool:
         if name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout"):

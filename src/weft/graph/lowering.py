@@ -42,7 +42,15 @@ class Recording:
     dtype: str
 
 
-def lower(recording: Recording) -> Graph:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lowered:
+    """A graph, and the recorded steps that make up each of its operators."""
+
+    graph: Graph
+    steps_of_op: Mapping[str, tuple[int, ...]]
+
+
+def lower(recording: Recording) -> Lowered:
     """Build the Graph of a recorded run; raises GraphError where parameters reach no loss."""
     tasks = _tasks_of_steps(recording)
     steps = [step for step in recording.recorder.steps if step.index in tasks]
@@ -59,13 +67,15 @@ def lower(recording: Recording) -> Graph:
         for op_id, members in groups.items()
     ]
     used = {p for op in ops for p in op.param_ids}
-    return Graph.ordered(
+    graph = Graph.ordered(
         recording.name,
         ops,
         _edges(steps, op_of_step, saved.by_edge, recording.batch),
         [p for p in recording.parameters.values() if p.id in used],
         recording.dtype,
     ).validate()
+    steps_of_op = {op_id: tuple(s.index for s in members) for op_id, members in groups.items()}
+    return Lowered(graph=graph, steps_of_op=steps_of_op)
 
 
 def _reachable(recorder: Recorder, values: Iterable[Value]) -> set[int]:

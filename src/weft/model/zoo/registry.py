@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from weft.base.errors import ConfigError, ModelLoadError
-from weft.graph.capture import Loss, capture
+from weft.graph.capture import Capture, Loss, trace
 from weft.graph.graph import Graph
 
 
@@ -36,7 +36,11 @@ class ZooModel:
 
     def graph(self, *, training: bool = True) -> Graph:
         """The model's computation graph, at operator level."""
-        return capture(
+        return self.trace(training=training).graph
+
+    def trace(self, *, training: bool = True) -> Capture:
+        """The graph with the exported program beside it."""
+        return trace(
             self.module,
             self.example_inputs,
             loss=self.loss,
