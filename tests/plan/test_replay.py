@@ -14,6 +14,7 @@ from weft.plan.communicate import insert_communication
 from weft.plan.deadlock import check_deadlock
 from weft.plan.lower import lower
 from weft.plan.replay import replay, step_time_s
+from weft.plan.replicas import merge_replicas
 from weft.plan.schedule import ScheduleError, parse_schedule
 from weft.plan.schedules import generate
 from weft.plan.train_plan import TrainPlan
@@ -27,6 +28,7 @@ def test_every_plan_is_deadlock_free_and_takes_exactly_its_longest_path(plan: Tr
     check_deadlock(schedule)
     expected = makespan_s(plan, schedule)
     assert step_time_s(plan, schedule) == expected
+    assert step_time_s(plan) == expected
     assert simulate(plan, schedule, contention=False).step_time_s == expected
     assert step_time_s(plan, insert_communication(schedule)) == expected
     assert simulate(plan, schedule).step_time_s >= expected
@@ -94,3 +96,26 @@ def test_replay_refuses_a_schedule_that_cannot_finish(num_stages: int) -> None:
         step_time_s(chain(num_stages, 4), hung)
     with pytest.raises(ScheduleError, match="cannot finish"):
         simulate(chain(num_stages, 4), hung)
+
+
+def test_equal_replicas_are_replayed_once_and_unequal_ones_bound_the_time() -> None:
+    link = Link(bandwidth_bytes_per_s=50.0, latency_s=0.1)
+    equal = stage_plan(
+        [(0, 1)], 2, batch_size=32, micro_batch=8, dp=[4, 4], cluster=flat_cluster(8, link)
+    )
+    merged = merge_replicas(equal)
+    assert merged is not None
+    assert merged.is_exact
+    assert merged.plan.used_devices == (0, 4)
+    assert step_time_s(equal) == step_time_s(equal, generate(equal))
+    mixed = equal.replace(
+        cluster=nodes_cluster([5, 3], link, Link(bandwidth_bytes_per_s=5.0, latency_s=0.5))
+    )
+    unequal = merge_replicas(mixed)
+    assert unequal is not None
+    assert not unequal.is_exact
+    bound_s = replay(
+        lower(unequal.plan, generate(unequal.plan), edge_delays_s=unequal.delays_s)
+    ).makespan_s
+    assert bound_s >= step_time_s(mixed)
+    assert merge_replicas(chain(4, 2, devices=[(0,), (1,), (0,), (1,)])) is None

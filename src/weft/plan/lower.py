@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,14 @@ from weft.plan.program import CODE, Program
 from weft.plan.schedule import Schedule, ScheduleError
 from weft.plan.train_plan import TrainPlan
 from weft.plan.wiring import wire
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeDirection:
+    """Messages from one stage to another: forward along an edge, or backward against it."""
+
+    sender_stage: int
+    receiver_stage: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +75,14 @@ def lower(
     *,
     num_steps: int = 1,
     input_gradient_share: float = 0.5,
+    edge_delays_s: Mapping[EdgeDirection, float] | None = None,
 ) -> TaskGraph:
     """The task graph of `num_steps` optimizer steps.
 
     `input_gradient_share` is the part of a backward that its I half takes. SEND and RECV take no
     device time; where a schedule has none, messages leave with their producer and are awaited by
-    their consumer, which is the same. Raises ScheduleError where an action is missing or repeated.
+    their consumer, which is the same. `edge_delays_s` replaces the time of every message of an edge
+    and direction. Raises ScheduleError where an action is missing or repeated.
     """
     _check_plan(plan, schedule)
     run = schedule.unrolled(num_steps)
@@ -81,7 +92,11 @@ def lower(
     message = np.full(len(table) + len(barriers.source), -1, dtype=np.int64)
     message[crossing] = np.arange(len(crossing))
     delay_s = np.zeros(len(message))
-    delay_s[crossing] = transfers_s(plan.cluster, table.take(crossing))
+    delay_s[crossing] = (
+        transfers_s(plan.cluster, table.take(crossing))
+        if edge_delays_s is None
+        else _given_delays_s(table.take(crossing), edge_delays_s, plan.num_stages)
+    )
     durations_s = _durations_s(plan, index.columns, input_gradient_share)
     return TaskGraph(
         schedule=run,
@@ -107,6 +122,15 @@ def transfers_s(cluster: Cluster, table: MessageTable) -> NDArray[np.float64]:
     if not len(links):
         return np.zeros(0)
     return latency_s[of_message] + table.num_bytes / bandwidth[of_message]
+
+
+def _given_delays_s(
+    table: MessageTable, delays_s: Mapping[EdgeDirection, float], num_stages: int
+) -> NDArray[np.float64]:
+    by_pair = np.zeros((num_stages, num_stages))
+    for direction, seconds in delays_s.items():
+        by_pair[direction.sender_stage, direction.receiver_stage] = seconds
+    return by_pair[table.sender_stage, table.receiver_stage]
 
 
 def _check_plan(plan: TrainPlan, schedule: Schedule) -> None:

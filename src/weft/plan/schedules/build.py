@@ -27,7 +27,8 @@ def flush(plan: TrainPlan, stages: Sequence[int]) -> Program:
         stage = plan.stages[index]
         if stage.frozen:
             continue
-        if stage.dp > 1:
+        # Also without replicas where a parameter is shared with another stage.
+        if stage.dp > 1 or stage.all_reduce_s > 0:
             actions.append(Action(kind=ActionKind.REDUCE_GRAD, stage=index))
         actions.append(Action(kind=ActionKind.STEP, stage=index))
     return Program.of(actions)
