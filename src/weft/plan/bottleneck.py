@@ -213,18 +213,18 @@ class BottleneckSolver:
         _improve(plain[group], *_sums(plain[a], plain[b]))
         np.minimum.accumulate(plain[group], axis=-1, out=plain[group])
         before_join = _later(plain)
-        if part.join >= 0:
+        if part.join:
             join_alone = self.join_alone(part)
             _improve(join[group], self.one_stage(int(part.stage_with_join[group])))
             _improve(join[group], before_join[group] + join_alone)
             _improve(join[group], *_sums(join[a], before_join[b]))
             np.minimum.accumulate(join[group], axis=-1, out=join[group])
-        if part.fork >= 0:
+        if part.fork:
             fork_alone = self._devices[part.fork_stage]
             _improve(fork[group], self.one_stage(int(part.stage_with_fork[group])))
             _improve(fork[group], fork_alone + _below(plain[group]))
             _improve(fork[group], *_sums(fork[a], _below(plain[b])))
-            if part.join >= 0:
+            if part.join:
                 both, join_alone = table.both, self.join_alone(part)
                 _improve(both[group], fork_alone + _below(join[group]))
                 _improve(both[group], _later(fork[group]) + join_alone)
@@ -416,8 +416,8 @@ class _ParallelReader:
         self._solver = solver
         self._part = part
         self._table = solver.parallel(part)
-        self._fork = {names[part.fork]} if part.fork >= 0 else set[int]()
-        self._join = {names[part.join]} if part.join >= 0 else set[int]()
+        self._fork = {names[op] for op in part.fork}
+        self._join = {names[op] for op in part.join}
 
     def group(
         self, group: int, held: _Held, fork: bool, join: bool, downstream: int, source: int

@@ -7,9 +7,10 @@ data-parallel stage uses the first d devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,10 +106,28 @@ class CostTable:
         self.memory_bytes = limit if memory_bytes is None else memory_bytes
         self.link = slowest_link(cluster)
         self.num_priced = 0
+        self._on: dict[str, CostTable] = {}
         self._op_times: dict[tuple[int, int], OpTimes] = {}
         self._reserved: dict[int, NDArray[np.float64]] = {}
         self._all_reduce: dict[int, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {}
         self._transfer = _vectorised(lambda num_bytes: cost.transfer_s(num_bytes, self.link))
+
+    def on(self, device_type: str) -> CostTable:
+        """The same table with operators priced on another device type of the cluster."""
+        if device_type == self.device_type.name:
+            return self
+        if device_type not in self._on:
+            kind = next(d.type for d in self.cluster.devices if d.type.name == device_type)
+            self._on[device_type] = CostTable(
+                self.graph,
+                self.cluster,
+                self.cost,
+                training=self.training,
+                batch_size=self.batch_size,
+                device_type=kind,
+                memory_bytes=self.memory_bytes,
+            )
+        return self._on[device_type]
 
     def op_times(self, local_samples: int, tp: int = 1) -> OpTimes:
         """Seconds of every operator for `local_samples` samples on each device."""
@@ -251,19 +270,30 @@ class StageTable:
             self._reserved[local_samples] = self._inside @ reserved
         return self._reserved[local_samples]
 
-    def candidates(self, micro_batch: int, variants: Sequence[Variant], k: int = 1) -> Candidates:
-        """Price every stage in every variant; a degree must divide the micro-batch."""
+    def candidates(
+        self,
+        micro_batch: int,
+        variants: Sequence[Variant],
+        k: int = 1,
+        memory_bytes: int | None = None,
+    ) -> Candidates:
+        """Price every stage in every variant; a degree must divide the micro-batch.
+
+        `memory_bytes` stands for another size of device memory.
+        """
+        memory = self.table.memory_bytes if memory_bytes is None else memory_bytes
         shape = (len(self), len(variants))
         seconds = np.empty(shape)
         limit = np.empty(shape, dtype=np.int64)
         for column, variant in enumerate(variants):
-            seconds[:, column] = self._time_per_sample_s(micro_batch, variant)
-            limit[:, column] = self._max_in_flight(micro_batch, variant, k)
+            seconds[:, column] = self.time_per_sample_s(micro_batch, variant)
+            limit[:, column] = self._max_in_flight(micro_batch, variant, k, memory)
         seconds[limit < 1] = np.inf
         self.table.num_priced += len(self) * len(variants)
         return Candidates(variants=tuple(variants), time_per_sample_s=seconds, max_in_flight=limit)
 
-    def _time_per_sample_s(self, micro_batch: int, variant: Variant) -> NDArray[np.float64]:
+    def time_per_sample_s(self, micro_batch: int, variant: Variant) -> NDArray[np.float64]:
+        """Seconds per sample of every stage in one variant, whether or not it fits."""
         local = micro_batch // variant.dp
         forward_s, backward_s = self.seconds(local)
         compute_s = forward_s + backward_s + (forward_s if variant.recompute else 0.0)
@@ -271,10 +301,12 @@ class StageTable:
         all_reduce_s = self.table.all_reduce_s(self.features.gradient_bytes, variant.dp)
         return (compute_s + message_s) / micro_batch + all_reduce_s / self.table.batch_size
 
-    def _max_in_flight(self, micro_batch: int, variant: Variant, k: int) -> NDArray[np.int64]:
+    def _max_in_flight(
+        self, micro_batch: int, variant: Variant, k: int, memory_bytes: int
+    ) -> NDArray[np.int64]:
         """Groups of k micro-batches that fit in memory beside the state and scratch."""
         features, batch_size = self.features, self.table.batch_size
-        free = self.table.memory_bytes - features.state_bytes
+        free = memory_bytes - features.state_bytes
         free = (free - self.reserved_bytes(micro_batch // variant.dp)) * variant.dp
         held = features.saved_bytes
         if variant.recompute:
@@ -347,9 +379,12 @@ def slowest_device_type(cluster: Cluster, cost: CostModel, graph: Graph) -> Devi
     return max(types.values(), key=total_s)
 
 
-def divisors(number: int, limit: int) -> list[int]:
+@lru_cache(maxsize=4096)
+def divisors(number: int, limit: int) -> tuple[int, ...]:
     """Divisors of `number` that are at most `limit`, ascending."""
-    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    both = sorted({*small, *(number // d for d in small)})
+    return tuple(d for d in both if d <= limit)
 
 
 def _check_price(op: Op, *seconds: float) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from weft.plan.bottleneck import NONE, BottleneckSolver, Solution
+from weft.plan.constraints import NO_RULES, Rules
 from weft.plan.cost_table import CostTable, StageTable, Variant, divisors
 from weft.plan.stage_space import StageSpace
 
@@ -56,6 +57,7 @@ class BottleneckSearch:
         num_devices: int,
         recompute_choices: Sequence[bool] = (False,),
         k: int = 1,
+        rules: Rules = NO_RULES,
         effort: Effort | None = None,
     ) -> None:
         self.table = table
@@ -63,6 +65,7 @@ class BottleneckSearch:
         self.num_devices = num_devices
         self.recompute_choices = tuple(recompute_choices)
         self.k = k
+        self.rules = rules
         self.effort = effort or Effort()
         self.stages = StageTable(table, space.member)
         self._solvers: dict[int, BottleneckSolver] = {}
@@ -70,16 +73,33 @@ class BottleneckSearch:
     def solver(self, micro_batch: int) -> BottleneckSolver:
         """The solver of one micro-batch size."""
         if micro_batch not in self._solvers:
-            variants = [
-                Variant(dp=dp, recompute=recompute)
-                for dp in divisors(micro_batch, self.num_devices)
-                for recompute in self.recompute_choices
-            ]
-            candidates = self.stages.candidates(micro_batch, variants, self.k)
-            self.effort.num_candidates += candidates.time_per_sample_s.size
+            variants = self._variants(micro_batch, self.num_devices)
             depth = min(self.num_devices, self.space.depth)
-            self._solvers[micro_batch] = BottleneckSolver(self.space, candidates, depth)
+            self._solvers[micro_batch] = self._new_solver(micro_batch, variants, depth)
         return self._solvers[micro_batch]
+
+    def _variants(self, micro_batch: int, max_devices: int) -> list[Variant]:
+        return [
+            Variant(dp=dp, recompute=recompute)
+            for dp in divisors(micro_batch, max_devices)
+            for recompute in self.recompute_choices
+        ]
+
+    def _new_solver(
+        self,
+        micro_batch: int,
+        variants: Sequence[Variant],
+        depth: int,
+        memory_bytes: int | None = None,
+    ) -> BottleneckSolver:
+        candidates = self.stages.candidates(micro_batch, variants, self.k, memory_bytes)
+        self.effort.num_candidates += candidates.time_per_sample_s.size
+        if self.rules.pinned or self.rules.sizes:
+            for row, mask in enumerate(self.space.masks):
+                for column, variant in enumerate(variants):
+                    if not self.rules.allows_size(mask, variant.dp):
+                        candidates.time_per_sample_s[row, column] = np.inf
+        return BottleneckSolver(self.space, candidates, depth)
 
     def lower_bound_s(self, micro_batch: int) -> float:
         """A time per sample that no plan of this micro-batch size beats.
@@ -147,9 +167,16 @@ class BottleneckSearch:
         self.effort.num_iterations += 1
         return solution
 
-    def fewest_devices(self, micro_batch: int) -> int | None:
-        """Fewest devices on which this micro-batch size fits, however slow; None if never."""
-        # Depth is bounded by the devices at hand; a plan on more may be deeper.
-        solver = self.solver(micro_batch)
+    def fewest_devices(self, micro_batch: int, limit: int) -> int | None:
+        """Fewest devices, up to `limit` in a stage, on which this micro-batch size fits at all."""
+        variants = self._variants(micro_batch, limit)
+        solver = self._new_solver(micro_batch, variants, self.space.depth)
         fewest = int(solver.fewest_devices(np.inf)[-1])
         return None if fewest >= NONE else fewest
+
+    def fits(self, micro_batch: int, memory_bytes: int) -> bool:
+        """Whether this micro-batch size fits, however slow, with another size of memory."""
+        variants = self._variants(micro_batch, self.num_devices)
+        depth = min(self.num_devices, self.space.depth)
+        solver = self._new_solver(micro_batch, variants, depth, memory_bytes)
+        return int(solver.fewest_devices(np.inf)[-1]) <= self.num_devices

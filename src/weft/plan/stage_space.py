@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,8 +81,8 @@ class Parallel:
     """
 
     ops: tuple[int, ...]
-    fork: int
-    join: int
+    fork: tuple[int, ...]
+    join: tuple[int, ...]
     branches: tuple[Branches, ...]
     groups: tuple[tuple[int, ...], ...]
     splits: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -99,6 +99,7 @@ class StageSpace:
     """Every candidate stage, and the chain that composes them."""
 
     root: Chain
+    masks: tuple[int, ...]
     member: NDArray[np.bool_]
     """Operators of each candidate stage, shape (stages, operators)."""
     depth: int
@@ -121,20 +122,24 @@ def build_stage_space(
     table: CostTable,
     tree: SeriesParallel,
     *,
+    members: Mapping[str, tuple[int, ...]] | None = None,
     allowed: Callable[[int], bool] | None = None,
     labels: Sequence[Hashable] | None = None,
 ) -> StageSpace:
     """The candidate stages of a graph's series-parallel tree.
 
-    `allowed` says whether a set of operators (bit i is operator i) may be a stage; `labels` keeps
-    operators apart that constraints treat differently though they cost the same.
+    `members` gives the operators behind a leaf of the tree, by position, where it stands for
+    several that no stage may separate. `allowed` says whether a set of operators (bit i is operator
+    i) may be a stage; `labels` keeps operators apart that constraints treat differently though they
+    cost the same.
     """
-    builder = _Builder(table, allowed or (lambda mask: True), labels)
+    builder = _Builder(table, members, allowed, labels)
     root = builder.node(tree)
     elements = root.children if root.composition is Composition.SERIES else (root,)
     chain = builder.chain(elements, has_fork=False, has_join=False)
     return StageSpace(
         root=chain,
+        masks=tuple(builder.masks),
         member=membership(builder.masks, table.num_ops),
         depth=longest_path(table.graph),
         num_contiguous=builder.num_contiguous,
@@ -161,14 +166,15 @@ class _Builder:
     def __init__(
         self,
         table: CostTable,
-        allowed: Callable[[int], bool],
+        members: Mapping[str, tuple[int, ...]] | None,
+        allowed: Callable[[int], bool] | None,
         labels: Sequence[Hashable] | None,
     ) -> None:
         self.masks: list[int] = []
         self.num_contiguous = 0
         self._table = table
-        self._graph = table.graph
-        self._allowed = allowed
+        self._members = members or {op.id: (i,) for i, op in enumerate(table.graph.ops)}
+        self._allowed = allowed or (lambda mask: True)
         self._stage_of_mask: dict[int, int] = {}
         self._chains: dict[Hashable, Chain] = {}
         self._parallels: dict[Hashable, Parallel] = {}
@@ -181,10 +187,10 @@ class _Builder:
         """The tree in positions; shapes of equal trees get equal numbers."""
         children = tuple(self.node(child) for child in tree.children)
         if tree.composition is Composition.OP:
-            ops: tuple[int, ...] = (self._graph.op_index[tree.op],)
+            ops = self._members[tree.op]
         else:
             ops = tuple(itertools.chain.from_iterable(child.ops for child in children))
-        key = (tree.composition, tuple(child.shape for child in children))
+        key = (tree.composition, len(ops), tuple(child.shape for child in children))
         shape = self._shapes.setdefault(key, len(self._shapes))
         return _Node(composition=tree.composition, ops=ops, children=children, shape=shape)
 
@@ -251,10 +257,11 @@ class _Builder:
     ) -> Parallel:
         branches, groups, contiguous = self._branches(node, before, after)
         index = {group: i for i, group in enumerate(groups)}
-        fork = before[0].ops[0] if before else -1
-        join = after[0].ops[0] if after else -1
+        fork = before[0].ops if before else ()
+        join = after[0].ops if after else ()
+        fork_mask, join_mask = _mask(fork), _mask(join)
         bodies = [
-            [_mask(set(instance) - {fork, join}) for instance in kind.instances]
+            [_mask(instance) & ~fork_mask & ~join_mask for instance in kind.instances]
             for kind in branches
         ]
         masks = [
@@ -270,14 +277,14 @@ class _Builder:
             branches=branches,
             groups=groups,
             splits=[_splits(group, index) for group in groups],
-            fork_stage=self._stage(1 << fork) if before else -1,
-            join_stage=self._stage(1 << join) if after else -1,
+            fork_stage=self._stage(fork_mask) if before else -1,
+            join_stage=self._stage(join_mask) if after else -1,
             stage=np.array([self._stage(mask) for mask in masks]),
             stage_with_fork=np.array(
-                [self._stage(mask | 1 << fork) if before else -1 for mask in masks]
+                [self._stage(mask | fork_mask) if before else -1 for mask in masks]
             ),
             stage_with_join=np.array(
-                [self._stage(mask | 1 << join) if after else -1 for mask in masks]
+                [self._stage(mask | join_mask) if after else -1 for mask in masks]
             ),
             contiguous=contiguous,
         )
@@ -297,7 +304,9 @@ class _Builder:
             elements = (*before, *inner, *after)
             ops = tuple(itertools.chain.from_iterable(element.ops for element in elements))
             # Siblings are interchangeable only if they also share the same outside neighbours.
-            key = (child.shape, self._wiring.key(ops, fixed_outside=True))
+            # What the join reads of the others differs by which child is left out: nothing else.
+            others = frozenset(node.ops).difference(child.ops)
+            key = (child.shape, self._wiring.key(ops, fixed_outside=True, ignored=others))
             kinds.setdefault(key, []).append(ops)
             if key not in chains:
                 chains[key] = self.chain(elements, has_fork=bool(before), has_join=bool(after))
@@ -388,8 +397,10 @@ class _Wiring:
             self._own.append((name, op.saved_bytes, cap, params, label))
             self._cap.append(cap)
 
-    def key(self, ops: Sequence[int], *, fixed_outside: bool) -> Hashable:
-        """The key of a list of operators.
+    def key(
+        self, ops: Sequence[int], *, fixed_outside: bool, ignored: Collection[int] = ()
+    ) -> Hashable:
+        """The key of a list of operators; connections with `ignored` ones do not count.
 
         Neighbours outside the list count by who they are with `fixed_outside`, else only by which
         of the operators read the same one.
@@ -400,6 +411,8 @@ class _Wiring:
         for op in ops:
             sources: list[Hashable] = []
             for source, num_bytes, needs_grad, saved in self._incoming[op]:
+                if source in ignored:
+                    continue
                 where: Hashable = position.get(source)
                 if where is None and fixed_outside:
                     where = ("outside", source)
@@ -407,7 +420,9 @@ class _Wiring:
                     number = outside.setdefault(source, len(outside))
                     where = ("outside", number, self._cap[source])
                 sources.append((where, num_bytes, needs_grad, saved))
-            out = [(n, g) for t, n, g in self._outgoing[op] if t not in position]
+            out = [
+                (n, g) for t, n, g in self._outgoing[op] if t not in position and t not in ignored
+            ]
             forward = sum(n for n, _ in out)
             backward = sum(n for n, g in out if g)
             rows.append((self._own[op], tuple(sources), forward, backward))
