@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.base.errors import WeftError as WeftError
+    from weft.engine.sampling import SamplingParams as SamplingParams
+    from weft.serve.llm import LLM as LLM
+    from weft.serve.outputs import CompletionOutput as CompletionOutput
+    from weft.serve.outputs import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
 
 _PUBLIC: dict[str, str] = {
+    "LLM": "weft.serve.llm",
+    "CompletionOutput": "weft.serve.outputs",
+    "RequestOutput": "weft.serve.outputs",
+    "SamplingParams": "weft.engine.sampling",
     "WeftError": "weft.base.errors",
 }
 """Public name -> the module that defines it."""
