@@ -118,7 +118,9 @@ def _edge_messages(schedule: Schedule, edge: StageEdge, backward: bool) -> dict[
         schedule.batch_size // (schedule.num_micro_batches[place.stage] * place.dp)
         for place in (sender, receiver)
     ]
-    first = np.union1d(*(np.arange(0, schedule.batch_size, size) for size in sizes))
+    first = np.arange(0, schedule.batch_size, min(sizes))
+    if max(sizes) % min(sizes):
+        first = np.union1d(first, np.arange(0, schedule.batch_size, max(sizes)))
     num_samples = np.diff(first, append=schedule.batch_size)
     tp = receiver.tp
     first, num_samples = np.repeat(first, tp), np.repeat(num_samples, tp)

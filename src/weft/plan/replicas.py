@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weft.plan.lower import EdgeDirection, transfers_s
 from weft.plan.messages import messages
 from weft.plan.schedule import Placement, Schedule
-from weft.plan.train_plan import TrainPlan
+from weft.plan.train_plan import StageEdge, TrainPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +40,46 @@ def merge_replicas(plan: TrainPlan) -> MergedPlan | None:
     for edge in plan.edges:
         if edge.is_order_only:
             continue
-        ends = (plan.stages[edge.source], plan.stages[edge.target])
-        is_exact &= ends[0].micro_batch == ends[1].micro_batch
-        size = max(stage.micro_batch for stage in ends)
-        one = Schedule(
-            name="",
-            batch_size=size,
-            placements=tuple(
-                Placement(stage=i, devices=stage.devices, tp=stage.tp)
-                for i, stage in enumerate(ends)
-            ),
-            edges=(replace(edge, source=0, target=1),),
-            num_micro_batches=tuple(size // stage.micro_batch for stage in ends),
-            devices=(),
-            body=(),
-        )
-        table = messages(one)
-        seconds = transfers_s(plan.cluster, table)
-        for backward, sender, receiver in (
-            (False, edge.source, edge.target),
-            (True, edge.target, edge.source),
-        ):
-            found = seconds[table.backward == backward]
-            if len(found):
-                is_exact &= bool(found.min() == found.max())
-                direction = EdgeDirection(sender_stage=sender, receiver_stage=receiver)
-                delays_s[direction] = float(np.max(found))
+        is_exact &= plan.stages[edge.source].micro_batch == plan.stages[edge.target].micro_batch
+        for direction, seconds in _message_times_s(plan, edge).items():
+            is_exact &= bool(seconds.min() == seconds.max())
+            delays_s[direction] = float(seconds.max())
     stages = tuple(
         replace(stage, devices=stage.devices[:1], axes={"dp": 1}) for stage in plan.stages
     )
     return MergedPlan(plan=plan.replace(stages=stages), delays_s=delays_s, is_exact=is_exact)
+
+
+def _message_times_s(
+    plan: TrainPlan, edge: StageEdge
+) -> Mapping[EdgeDirection, NDArray[np.float64]]:
+    """Seconds of the messages of one micro-batch of an edge, for each direction that has any."""
+    ends = (plan.stages[edge.source], plan.stages[edge.target])
+    forward = EdgeDirection(sender_stage=edge.source, receiver_stage=edge.target)
+    backward = EdgeDirection(sender_stage=edge.target, receiver_stage=edge.source)
+    size = max(stage.micro_batch for stage in ends)
+    if all(stage.num_devices == 1 and stage.micro_batch == size for stage in ends):
+        links = (
+            (forward, edge.forward_bytes_per_sample, ends[0].devices[0], ends[1].devices[0]),
+            (backward, edge.backward_bytes_per_sample, ends[1].devices[0], ends[0].devices[0]),
+        )
+        return {
+            direction: np.array([plan.cluster.link(a, b).transfer_s(size * per_sample)])
+            for direction, per_sample, a, b in links
+            if per_sample > 0
+        }
+    one_micro_batch = Schedule(
+        name="",
+        batch_size=size,
+        placements=tuple(
+            Placement(stage=i, devices=stage.devices, tp=stage.tp) for i, stage in enumerate(ends)
+        ),
+        edges=(replace(edge, source=0, target=1),),
+        num_micro_batches=tuple(size // stage.micro_batch for stage in ends),
+        devices=(),
+        body=(),
+    )
+    table = messages(one_micro_batch)
+    seconds = transfers_s(plan.cluster, table)
+    found = {forward: seconds[~table.backward], backward: seconds[table.backward]}
+    return {direction: times for direction, times in found.items() if len(times)}
