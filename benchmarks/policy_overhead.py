@@ -12,6 +12,7 @@ model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import statistics
@@ -177,41 +178,44 @@ def policy_rows(num_rounds: int, num_steps: int) -> list[Row]:
 
 
 def engine_rows(num_rounds: int, embedded: Path | None, cache: Path) -> list[Row]:
-    """Decode step of the real engine, batch 8, after 20 and after 2,000 finished requests.
-
-    One engine serves both; 4,000 more short requests pass between the two blocks of rounds, and
-    the first block is not repeated, since an engine cannot be made young again.
-    """
+    """Decode step of the real engine, batch 8: a young engine and an old one, in turns."""
     from weft import LLM
 
-    model = open_model("embedded", cache, embedded)
-    with LLM(str(model.path), dtype="float32", device="cpu", max_num_seqs=32, seed=0) as llm:
-        fresh = itertools.count()
+    path = open_model("embedded", cache, embedded).path
+    fresh = itertools.count()
 
-        def generate(batch: int, num_new: int) -> float:
-            prompts = [
-                {
-                    "prompt_token_ids": np.random.default_rng(next(fresh))
-                    .integers(3, model.config["vocab_size"], 64)
-                    .tolist()
-                }
-                for _ in range(batch)
-            ]
-            params = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
-            started_s = time.perf_counter()
-            llm.generate(prompts, params)
-            return time.perf_counter() - started_s
+    def generate(llm: LLM, batch: int, num_new: int) -> float:
+        prompts = [
+            {"prompt_token_ids": np.random.default_rng(next(fresh)).integers(3, 2000, 64).tolist()}
+            for _ in range(batch)
+        ]
+        params = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
+        started_s = time.perf_counter()
+        llm.generate(prompts, params)
+        return time.perf_counter() - started_s
 
-        def step_s() -> float:
-            return (generate(8, 129) - generate(8, 1)) / 128
+    def step_s(llm: LLM) -> float:
+        return (generate(llm, 8, 129) - generate(llm, 8, 1)) / 128
 
-        generate(FEW_FINISHED, 2)
-        step_s()
-        young = [step_s() for _ in range(num_rounds)]
+    with contextlib.ExitStack() as stack:
+        young, old = (
+            stack.enter_context(
+                LLM(str(path), dtype="float32", device="cpu", max_num_seqs=32, seed=0)
+            )
+            for _ in range(2)
+        )
+        generate(young, FEW_FINISHED, 2)
         for _ in range(MANY_FINISHED // 100):
-            generate(100, 2)
-        old = [step_s() for _ in range(num_rounds)]
-    return [_age_row("engine decode step, batch 8, embedded model", old, young)]
+            generate(old, 100, 2)
+        step_s(young)
+        pairs = [(step_s(old), step_s(young)) for _ in range(num_rounds)]
+    return [
+        _age_row(
+            "engine decode step, batch 8, embedded model",
+            [pair[0] for pair in pairs],
+            [pair[1] for pair in pairs],
+        )
+    ]
 
 
 def _age_row(what: str, old: list[float], young: list[float]) -> Row:

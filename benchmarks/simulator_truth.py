@@ -1,11 +1,11 @@
 """Does the simulator tell the truth? One trace on the real engine and under the virtual clock.
 
-The 110 M model serves 300 requests in real time, open loop; `weft simulate --serve` then serves the
-same requests from the profile that `weft profile --serve` measured on this machine in the same
-sitting. Both run the production policy and fill the same report. With `--trace` the lengths are an
-Azure, BurstGPT or Mooncake trace's, scaled to a mean prompt of 256 tokens and clipped; without it,
-Poisson arrivals of 256 + 128 tokens. Arrivals come at `--load` times what the simulator says that
-the engine can do, so that queues form and drain.
+The 110 M model serves 300 requests in real time, open loop; the simulator of
+`weft simulate --serve` serves the same requests from a profile that was measured just before, as
+`weft profile --serve` measures it. Both run the production policy and fill the same report. With
+`--trace` the lengths are an Azure, BurstGPT or Mooncake trace's, scaled to a mean prompt of 256
+tokens and clipped; without it, Poisson arrivals of 256 + 128 tokens. Arrivals come at `--load`
+times the rate that the simulated server can sustain, so that queues form and drain.
 
     python benchmarks/simulator_truth.py --trace AzureLLMInferenceTrace_conv.csv --json truth.json
 """
@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
-from bench_models import BenchModel, open_model
+from bench_models import open_model
 from rows import Row, describe_machine, print_rows, write_json
 
 from weft.base.clock import WallClock
@@ -29,6 +27,7 @@ from weft.cost.fitted_step_time import StepTimeProfile
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
 from weft.runtime.build import BuiltModel, ExecutorConfig, build_executor
+from weft.runtime.serve_profiler import ProfileConfig, profile_serving
 from weft.sim.serving import replay
 from weft.sim.serving_report import ServingReport
 from weft.sim.serving_setup import ServingLimits, ServingSetup, setup_from_profile
@@ -66,7 +65,10 @@ def main() -> None:
             num_threads=options.threads,
         )
     )
-    profile = options.profile or measure_profile(model, built, options)
+    if options.profile is None:
+        profile = measure_profile(built, options)
+    else:
+        profile = StepTimeProfile.read(options.profile)
     setup = simulated_server(built, profile)
     workload = choose_workload(setup, options)
     print(
@@ -86,24 +88,28 @@ def main() -> None:
         write_json(options.json, rows, machine, **summaries, settings=setup.settings())
 
 
-def measure_profile(model: BenchModel, built: BuiltModel, options: argparse.Namespace) -> Path:
-    """Run the verb that a user would run, with the limits of the engine under test."""
-    out = options.cache / f"profile-{options.model}-{options.dtype}.json"
-    resolved = built.resolved
-    command = [sys.executable, "-m", "weft", "profile", "--serve", str(model.path)]
-    command += ["--out", str(out), "--dtype", options.dtype, "--device", "cpu"]
-    command += ["--max-model-len", str(resolved.max_model_len)]
-    command += ["--max-num-seqs", str(resolved.max_num_seqs)]
-    command += ["--max-num-batched-tokens", str(resolved.max_num_batched_tokens)]
-    subprocess.run(command, check=True)
-    return out
+def measure_profile(built: BuiltModel, options: argparse.Namespace) -> StepTimeProfile:
+    """What `weft profile --serve` does, on the very executor that then serves."""
+    profile = profile_serving(
+        built.executor,
+        ProfileConfig(
+            max_model_len=built.resolved.max_model_len,
+            max_num_batched_tokens=built.resolved.max_num_batched_tokens,
+            time_limit_s=options.profile_time_s,
+        ),
+        model=options.model,
+        dtype=options.dtype,
+        device=describe_machine()["processor"],
+    )
+    profile.write(options.cache / f"profile-{options.model}-{options.dtype}.json")
+    return profile
 
 
-def simulated_server(built: BuiltModel, profile: Path) -> ServingSetup:
+def simulated_server(built: BuiltModel, profile: StepTimeProfile) -> ServingSetup:
     """The profile's step times, with exactly the pages and limits of the engine under test."""
     info, resolved = built.executor.info, built.resolved
     return setup_from_profile(
-        StepTimeProfile.read(profile),
+        profile,
         limits=ServingLimits(
             max_model_len=resolved.max_model_len,
             max_num_seqs=info.max_num_seqs,
@@ -212,6 +218,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", choices=["rand110", "embedded"], default="rand110")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--profile", type=Path, help="a file instead of a fresh measurement")
+    parser.add_argument("--profile-time-s", type=float, default=90.0)
     parser.add_argument("--load", type=float, default=0.7, help="share of the saturated rate")
     parser.add_argument("--rate", type=float, help="requests/s instead of --load")
     parser.add_argument("--rounds", type=int, default=1, help="real runs; the spread is theirs")
