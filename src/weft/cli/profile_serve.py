@@ -38,7 +38,7 @@ def profile_serve(
     ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
     num_rounds: Annotated[int, typer.Option(help="Passes over all points")] = 5,
-    time_limit_s: Annotated[float, typer.Option(help="No pass starts after this")] = 90.0,
+    time_limit_s: Annotated[float, typer.Option(help="No pass starts after this")] = 75.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     serve: Annotated[bool, typer.Option("--serve", hidden=True)] = True,
 ) -> None:

@@ -33,6 +33,8 @@ _LINEAR_TERMS = (
     "prefill_pairs",
 )
 _CURVE_TERMS = ("num_tokens", "num_sampled_rows")
+_USUAL_SPREAD = 0.05
+"""Spread of a point on a quiet machine; a point with this much counts half."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,10 +131,14 @@ def fit_steps(points: Sequence[MeasuredStep]) -> StepFit:
             columns.append([_ramp(getattr(s, name), left, knot, top) for s in shapes])
             left = knot
     columns += [[float(getattr(s, name)) for s in shapes] for name in _LINEAR_TERMS]
+    # Relative errors: each row divided by what was measured. A point whose repetitions disagree
+    # says less than one whose repetitions agree.
     matrix = np.array(columns).T / seconds[:, None]
+    trust = np.array([1.0 / (1.0 + point.spread / _USUAL_SPREAD) for point in points])
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
-    weights = nnls(matrix / scale, np.ones(len(points)), maxiter=100 * matrix.shape[1])[0] / scale
-    rest = iter(weights.tolist())
+    solution = nnls(matrix / scale * trust[:, None], trust, maxiter=100 * matrix.shape[1])[0]
+    coefficients = solution / scale
+    rest = iter(coefficients.tolist())
     constant_s = next(rest)
     curves: dict[str, Curve] = {}
     for name, positions in knots.items():
@@ -140,7 +146,7 @@ def fit_steps(points: Sequence[MeasuredStep]) -> StepFit:
             rises = [next(rest) for _ in positions]
             curves[name] = Curve(knots=positions, heights=tuple(float(h) for h in np.cumsum(rises)))
     slopes = {name: next(rest) for name in _LINEAR_TERMS}
-    errors = np.abs(matrix @ weights - 1.0)
+    errors = np.abs(matrix @ coefficients - 1.0)
     return StepFit(
         constant_s=constant_s,
         curves=curves,

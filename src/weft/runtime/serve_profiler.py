@@ -41,7 +41,7 @@ class ProfileConfig:
     of the machine touches every point a little and none much."""
     num_repeats: int = 2
     """Measured repetitions of a point in one pass, after one that is not counted."""
-    time_limit_s: float = 90.0
+    time_limit_s: float = 75.0
     """No pass starts after this; the first one always ends."""
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     points: tuple[tuple[Row, ...], ...] | None = None
