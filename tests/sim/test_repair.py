@@ -11,7 +11,9 @@ import pytest
 from plan.longest_path import inputs
 from plan.plans import chain, flat_cluster, stage_plan
 from weft.cluster.cluster import Link
+from weft.plan.deadlock import check_deadlock
 from weft.plan.replay import step_time_s
+from weft.plan.schedules import generate
 from weft.plan.train_plan import TrainPlan
 from weft.sim.repair import repair_in_flight
 from weft.sim.stage_executor import simulate
@@ -172,3 +174,20 @@ def test_repair_under_contention_simulates_the_network() -> None:
     repaired = repair_in_flight(plan, contention=True)
     assert repaired.step_time_s == simulate(repaired.plan).step_time_s
     assert repaired.step_time_s <= simulate(plan).step_time_s
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_repair_of_unbalanced_stages_never_asks_for_a_deadlock(seed: int) -> None:
+    rng = random.Random(seed)
+    arcs = SHAPES["branches"]
+    plan = stage_plan(
+        arcs,
+        6,
+        batch_size=16,
+        forward_s=[rng.uniform(0.1, 2.0) for _ in range(6)],
+        backward_s=[rng.uniform(0.1, 2.0) for _ in range(6)],
+        cluster=flat_cluster(6, Link(bandwidth_bytes_per_s=1e12, latency_s=1.5)),
+    )
+    repaired = repair_in_flight(plan, contention=bool(seed % 2))
+    assert repaired.step_time_s <= repaired.step_time_before_s
+    check_deadlock(generate(repaired.plan))

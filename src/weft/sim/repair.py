@@ -122,6 +122,15 @@ class _Search:
             for device, size in used.items()
         )
 
+    def can_run(self, held: Held) -> bool:
+        """Whether every stage forwards enough for its successors before it waits for them."""
+        return all(
+            held[source] >= min(-(-held[index] // size) * size, self.plan.batch_size)
+            for index in range(self.plan.num_stages)
+            for source in self.plan.predecessors[index]
+            if (size := self.plan.stages[source].micro_batch)
+        )
+
     def guesses(self) -> Iterator[Held]:
         """The plan itself, and the rule with messages' round trips as extra samples."""
         yield _held(self.plan)
@@ -156,7 +165,7 @@ class _Search:
     def climb(self, held: Held) -> Held:
         """Raise while that shortens the step and fits."""
         while self.num_simulations < self.budget:
-            better = [h for h in self._raises(held) if self.fits(h)]
+            better = [h for h in self._raises(held) if self.can_run(h) and self.fits(h)]
             if not better:
                 return held
             best = min(better, key=self.key)
