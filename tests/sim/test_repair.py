@@ -136,7 +136,12 @@ def test_repaired_plans_hide_communication(shape: str, delay: float) -> None:
         assert repaired.step_time_s < 0.9 * repaired.step_time_before_s
     # Nothing that it holds is useless.
     for index in repaired.raised:
-        assert step_time_s(lowered(repaired.plan, index)) > repaired.step_time_s
+        less = lowered(repaired.plan, index)
+        starved = any(
+            less.stages[index].in_flight < plan_stage.in_flight
+            for plan_stage in (repaired.plan.stages[s] for s in plan.successors[index])
+        )
+        assert starved or step_time_s(less) > repaired.step_time_s
 
 
 @pytest.mark.parametrize("seed", range(12))

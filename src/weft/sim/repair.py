@@ -186,7 +186,7 @@ class _Search:
         for index in self.plan.topological_order:
             while held[index] > self.plan.stages[index].in_flight:
                 less = self._moved(held, {index}, -1)
-                if self.time_s(less) > limit_s:
+                if not self.can_run(less) or self.time_s(less) > limit_s:
                     break
                 held = less
         return held
