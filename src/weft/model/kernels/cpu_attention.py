@@ -14,9 +14,21 @@ import torch
 from torch import Tensor
 
 from weft.model.forward_step import ChunkRow, ForwardStep, GroupStep, KvLayer, RopeRows
-from weft.model.kernels.cpu_attention_ir import WORK_FIELDS, AttentionSpec, emit_attention
+from weft.model.kernels.cpu_attention_ir import (
+    ATTENTION_ARGS,
+    WORK_FIELDS,
+    AttentionSpec,
+    emit_attention,
+)
 from weft.model.kernels.cpu_ir import Storage
-from weft.model.kernels.cpu_rows_ir import NormSpec, RopeSpec, emit_rms_norm, emit_rope
+from weft.model.kernels.cpu_rows_ir import (
+    NORM_ARGS,
+    ROPE_ARGS,
+    NormSpec,
+    RopeSpec,
+    emit_rms_norm,
+    emit_rope,
+)
 from weft.model.kernels.cpu_team import Call, NativeKernels
 from weft.model.kernels.interface import AttentionShape, HeadNorms
 
@@ -48,7 +60,8 @@ def norm_call(
         float_bits(eps),
     )
     kernel = native.address(spec.name, emit_rms_norm(spec))
-    return Call(kernel=kernel, words=words, keep=(x, weight, out))
+    rows_word = NORM_ARGS.index("num_rows")
+    return Call(kernel=kernel, words=words, rows_word=rows_word, keep=(x, weight, out))
 
 
 def rope_call(
@@ -83,7 +96,8 @@ def rope_call(
     )
     keep = (qkv, rope.cos, rope.sin, kv.keys, kv.values, group.write_slots)
     kernel = native.address(spec.name, emit_rope(spec))
-    return Call(kernel=kernel, words=words, keep=keep)
+    rows_word = ROPE_ARGS.index("num_tokens")
+    return Call(kernel=kernel, words=words, rows_word=rows_word, keep=keep)
 
 
 def attention_call(
@@ -125,7 +139,8 @@ def attention_call(
     )
     keep = (query, out, kv.keys, kv.values, group.page_tables, context_lens, work)
     kernel = native.address(spec.name, emit_attention(spec))
-    return Call(kernel=kernel, words=words, keep=keep)
+    rows_word = ATTENTION_ARGS.index("num_blocks")
+    return Call(kernel=kernel, words=words, rows_word=rows_word, keep=keep)
 
 
 def chunk_work(chunks: Sequence[ChunkRow], max_block_rows: int) -> Tensor:

@@ -154,21 +154,24 @@ def _emit_tile(k: Builder, spec: GemmSpec, p: _Operands, tile: _Tile, n: int) ->
         w_rows = [start + i for start in starts for i in range(GROUP // 2)]
     else:
         w_rows = [tile.output + i for i in range(GROUP)]
-    is_wide = n * GROUP <= (24 if k.isa.lanes == 16 else 8)
+    is_wide = n * GROUP <= k.isa.lanes
     step = GROUP if is_wide else GROUP // 2
     parts = [_emit_dots(k, spec, p, tile, n, w_rows[i : i + step]) for i in range(0, GROUP, step)]
-    is_first, is_last = tile.k_start.equals(0), tile.k_stop >= p.k_size
+    totals = []
     for m in range(n):
         sums = [reduce_tree(k, part[m]) for part in parts]
-        total = k.var(sums[0] if is_wide else k.shuffle(sums[0], sums[1], range(GROUP)))
-        kept_at = (tile.row - tile.row_base + m) * GROUP
-        with k.otherwise(is_first):
-            kept = k.load(p.scratch, kept_at, Storage.FLOAT32, GROUP)
-            total.set(kept + total.get())
-        with k.when(is_last):
+        totals.append(k.var(sums[0] if is_wide else k.shuffle(sums[0], sums[1], range(GROUP))))
+    kept = k.offset(p.scratch, (tile.row - tile.row_base) * GROUP, Storage.FLOAT32)
+    with k.when(tile.k_start > 0):
+        for m, total in enumerate(totals):
+            total.set(k.load(kept, m * GROUP, Storage.FLOAT32, GROUP) + total.get())
+    is_last = tile.k_stop >= p.k_size
+    with k.when(is_last):
+        for m, total in enumerate(totals):
             _store_outputs(k, spec, p, tile.row + m, tile.output, total.get())
-        with k.otherwise(is_last):
-            k.store(p.scratch, kept_at, total.get(), Storage.FLOAT32)
+    with k.otherwise(is_last):
+        for m, total in enumerate(totals):
+            k.store(kept, m * GROUP, total.get(), Storage.FLOAT32)
 
 
 def _emit_dots(

@@ -293,6 +293,18 @@ class Builder:
         """A scalar of any LLVM type read at `base[index]`."""
         return Val(self, self.b.load(self._gep(base, index, element), typ=element))
 
+    def byte_offset(self, base: Val, num_bytes: Val) -> Val:
+        """The pointer `num_bytes` behind `base`."""
+        return Val(self, self.b.gep(base.v, [num_bytes.v], source_etype=I8))
+
+    def copy_bytes(self, target: Val, source: Val, num_bytes: Val) -> None:
+        """Copy memory that does not overlap."""
+        name, module = "llvm.memcpy.p0.p0.i64", self.b.module
+        callee = module.globals.get(name)
+        if callee is None:
+            callee = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I1]), name)
+        self.b.call(callee, [target.v, source.v, num_bytes.v, ir.Constant(I1, 0)])
+
     def index_at(self, base: Val, index: Val | int) -> Val:
         """A non-negative int32 read at `base[index]`, as int64."""
         return Val(self, self.b.zext(self.at(base, index, I32).v, I64))

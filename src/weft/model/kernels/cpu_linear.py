@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.model.kernels.cpu_gemm import MAX_ROW_BLOCK, Epilogue, GemmSpec, emit_gemm
+from weft.model.kernels.cpu_gemm import GEMM_ARGS, MAX_ROW_BLOCK, Epilogue, GemmSpec, emit_gemm
 from weft.model.kernels.cpu_ir import Isa, Storage
 from weft.model.kernels.cpu_team import Call, NativeKernels, native_kernels
 
@@ -25,6 +25,7 @@ _STORAGES = {
 # Above this many rows weights stay in the cache between row blocks, and fetching ahead only costs.
 _MAX_FETCH_ROWS = 128
 _ROW_BLOCK_BYTES = 400_000
+_ROWS_WORD = GEMM_ARGS.index("m")
 
 
 def storage_of(dtype: torch.dtype) -> Storage | None:
@@ -112,7 +113,9 @@ def run_gemm(
     spec = _spec(native, storage, epilogue, x.shape[0], weight.shape[1])
     kernel = native.address(spec.name, emit_gemm(spec))
     words = gemm_words(x, weight, y, extra, epilogue)
-    native.team.submit(Call(kernel=kernel, words=words, keep=(x, weight, y, extra)))
+    native.team.submit(
+        Call(kernel=kernel, words=words, rows_word=_ROWS_WORD, keep=(x, weight, y, extra))
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

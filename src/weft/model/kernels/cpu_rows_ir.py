@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from weft.model.kernels.cpu_ir import F32, I64, Builder, Storage, Val
 
+GATHER_ARGS = ("table", "table_stride_bytes", "ids", "out", "num_rows", "row_bytes")
 NORM_ARGS = ("x", "x_stride", "weight", "out", "num_rows", "size", "eps_bits")
 ROPE_ARGS = (
     "qkv",
@@ -55,6 +56,26 @@ class RopeSpec:
     def name(self) -> str:
         """A C identifier."""
         return f"rope_{self.storage}_d{self.head_dim}" + ("_norms" if self.has_norms else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherSpec:
+    """Rows of bytes by int64 index; there is one variant."""
+
+    name: str = "gather"
+
+
+def emit_gather(spec: GatherSpec) -> Callable[[Builder, Val, Val, Val], None]:
+    """out[i] = table[ids[i]] for rows of `row_bytes`; arguments `GATHER_ARGS`."""
+
+    def emit(k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
+        args = {name: k.at(args_at, i, I64) for i, name in enumerate(GATHER_ARGS)}
+        table, ids, out = (k.pointer(args[name]) for name in ("table", "ids", "out"))
+        with k.range(thread, args["num_rows"], num_threads) as row:
+            source = k.byte_offset(table, k.at(ids, row, I64) * args["table_stride_bytes"])
+            k.copy_bytes(k.byte_offset(out, row * args["row_bytes"]), source, args["row_bytes"])
+
+    return emit
 
 
 def emit_rms_norm(spec: NormSpec) -> Callable[[Builder, Val, Val, Val], None]:

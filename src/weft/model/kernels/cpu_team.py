@@ -163,6 +163,8 @@ class Call:
 
     kernel: int
     words: tuple[int, ...]
+    rows_word: int
+    """Which word counts the rows of work."""
     keep: tuple[Tensor | None, ...]
 
 
@@ -173,13 +175,15 @@ class OpList:
     work on new data, fill the same tensors and run it again.
     """
 
-    __slots__ = ("_kept", "_packed", "_team", "_words")
+    __slots__ = ("_kept", "_num_rows", "_packed", "_rows_words", "_team", "_words")
 
     def __init__(self, team: Team) -> None:
         self._team = team
         self._words: list[ctypes.Array[ctypes.c_int64]] = []
         self._packed = bytearray()
         self._kept: list[tuple[Tensor | None, ...]] = []
+        self._rows_words: list[int] = []
+        self._num_rows: int | None = None
 
     def __len__(self) -> int:
         return len(self._words)
@@ -190,6 +194,14 @@ class OpList:
         self._words.append(words)
         self._packed += struct.pack("2q", call.kernel, ctypes.addressof(words))
         self._kept.append(call.keep)
+        self._rows_words.append(call.rows_word)
+
+    def set_num_rows(self, num_rows: int) -> None:
+        """Let every call work on its first `num_rows` rows only."""
+        if num_rows != self._num_rows:
+            for words, index in zip(self._words, self._rows_words, strict=True):
+                words[index] = num_rows
+            self._num_rows = num_rows
 
     def run(self) -> None:
         """Run all of it; returns when the last kernel has ended."""
