@@ -128,6 +128,7 @@ class FakeExecutor:
         if CRASH in start.token_ids[: start.num_prompt_tokens]:
             os._exit(7)
         if last == BAD_LOGITS:
+            self._last[slot] = PAD  # The next batch may be under way and ask for it.
             return -1
         sampling = start.sampling
         drawn = {} if sampling.is_greedy else {"seed": start.seed, "choice": start.choice}
