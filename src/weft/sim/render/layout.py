@@ -21,8 +21,9 @@ COLORS: Mapping[str, str] = {
     "REDUCE_GRAD": "#e0a458",
     "STEP": "#b07aa1",
     "fill": "#e8d3a9",
+    "mixed": "#548591",
 }
-"""Fill colour by action kind; `fill` is another job's work."""
+"""Fill colour by action kind; `fill` is another job's work, `mixed` several kinds."""
 
 CRITICAL = "#c8102e"
 IDLE = "#f1f2f4"
@@ -38,6 +39,7 @@ LABELS: Mapping[str, str] = {
     "REDUCE_GRAD": "all-reduce",
     "STEP": "update",
     "fill": "fill job",
+    "mixed": "several, too short to draw",
 }
 """Words for the legend."""
 
@@ -46,7 +48,7 @@ _HIDDEN = [CODE[kind] for kind in SEND_KINDS | RECV_KINDS | {ActionKind.LOAD}]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """One rectangle: an action, or several of one kind that a picture cannot tell apart."""
+    """One rectangle: an action, or several that a picture cannot tell apart."""
 
     lane: int
     start_s: float
@@ -55,6 +57,7 @@ class Block:
     text: str
     micro_batch: int
     is_critical: bool
+    is_merged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,7 @@ class Chart:
 
 
 def chart(timeline: Timeline, *, min_block_s: float = 0.0) -> Chart:
-    """Lay a timeline out; neighbours of one kind merge where they are shorter than `min_block_s`.
+    """Lay a timeline out; neighbours merge where they are shorter than `min_block_s`.
 
     Lanes are devices; devices that run the same stages at the same times share one, so that
     data-parallel replicas take one row.
@@ -156,7 +159,7 @@ def _blocks(
         last = blocks[-1] if blocks else None
         if (
             last is not None
-            and last.kind == kind
+            and (last.is_merged or last.end_s - last.start_s < min_block_s)
             and end_s - start_s < min_block_s
             and start_s - last.end_s < min_block_s
         ):
@@ -164,7 +167,8 @@ def _blocks(
                 lane=lane,
                 start_s=last.start_s,
                 end_s=end_s,
-                kind=kind,
+                kind=kind if kind == last.kind else "mixed",
+                is_merged=True,
                 text="",
                 micro_batch=-1,
                 is_critical=last.is_critical and block.is_critical,
