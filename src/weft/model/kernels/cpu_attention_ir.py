@@ -3,10 +3,11 @@
 Shape legend: T query rows, Hq query heads, H key/value heads, G = Hq / H, D head_dim.
 
 A work item is (a block of query rows of one sequence, one key/value head). It walks the sequence's
-pages a tile of tokens at a time, as many as a vector has lanes, and each tile serves all G query
-heads and all rows of the block while it is in the first-level cache. Softmax runs online (Milakov
-and Gimelshein 2018): per row and head a running maximum, a running sum and D weighted values, all
-in float32. A row's result does not depend on the other rows of its block, nor on the threads.
+pages in stretches of a few tiles, a tile being as many tokens as a vector has lanes, and each
+stretch serves all G query heads and all rows of the block while it is in the cache. Softmax runs
+online (Milakov and Gimelshein 2018): per row and head a running maximum, a running sum and D
+weighted values, all in float32. Stretches are counted from the start of the sequence, so a row's
+result does not depend, in any bit, on the other rows of its block, nor on the threads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from weft.model.kernels.cpu_gemm import reduce_tree
-from weft.model.kernels.cpu_ir import F32, I64, Builder, Storage, Val
+from weft.model.kernels.cpu_ir import F32, I64, Builder, Storage, Val, Var, vector
 
 ATTENTION_ARGS = (
     "q",
@@ -54,6 +55,11 @@ class AttentionSpec:
         return f"attention_{self.storage}_d{self.head_dim}_g{self.group}"
 
     @property
+    def num_tiles(self) -> int:
+        """Tiles of a stretch: as many as leave its keys and values in the first-level cache."""
+        return 4 if self.head_dim * self.storage.num_bytes <= 256 else 2
+
+    @property
     def max_block_rows(self) -> int:
         """The most query rows that one work item may hold."""
         return max(1, _MAX_STATES // self.group)
@@ -72,18 +78,19 @@ class _Item:
     largest: Val  # scratch [rows, G]
     total: Val  # scratch [rows, G]
     weighted: Val  # scratch [rows, G, D]
-    weights: Val  # scratch [lanes], the current tile's
+    weights: Val  # scratch [tiles, lanes], the current stretch's scores, then weights
+    offsets: Val  # scratch int64 [tiles], where the tiles of the stretch lie in the arena
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tile:
-    """One tile of tokens: where it starts in the sequence, and its keys and values."""
+class _Stretch:
+    """What one query row and head sees of a stretch: its tokens [begin, stop)."""
 
-    start: Val
-    keys: Val
-    values: Val
-    first_valid: Val
-    last_valid: Val
+    state: Val
+    begin: Val
+    stop: Val
+    first_tile: Val
+    last_tile: Val
 
 
 def emit_attention(spec: AttentionSpec) -> Callable[[Builder, Val, Val, Val], None]:
@@ -103,7 +110,8 @@ def emit_attention(spec: AttentionSpec) -> Callable[[Builder, Val, Val, Val], No
             "largest": k.scratch(F32, num_states),
             "total": k.scratch(F32, num_states),
             "weighted": k.scratch(F32, num_states * spec.head_dim),
-            "weights": k.scratch(F32, k.isa.lanes),
+            "weights": k.scratch(F32, spec.num_tiles * k.isa.lanes),
+            "offsets": k.scratch(I64, spec.num_tiles),
         }
         num_items = args["num_blocks"] * args["num_kv_heads"]
         has_work = k.at(args_at, ATTENTION_ARGS.index("work"), I64) > 0
@@ -143,99 +151,141 @@ def _emit_item(k: Builder, spec: AttentionSpec, it: _Item) -> None:
             k.store(it.weighted, state * d + at, k.zeros(lanes), Storage.FLOAT32)
     first = k.maximum(it.context_len - it.args["window"], k.const(0))
     last = it.context_len + it.num_rows - 1
-    page_tokens = it.args["page_tokens"]
-    with k.range(first // lanes * lanes, last, lanes) as start:
-        slot = it.table_row * it.args["table_stride"] + start // page_tokens
-        page = k.index_at(it.args["page_table"], slot)
-        inside = (it.head * page_tokens + start % page_tokens) * d
-        at = page * it.args["page_stride"] + inside
-        tile = _Tile(
-            start=start,
-            keys=k.offset(it.args["keys"], at, spec.storage),
-            values=k.offset(it.args["values"], at, spec.storage),
-            first_valid=k.maximum(first - start, k.const(0)),
-            last_valid=k.minimum(last - start, k.const(lanes)) - 1,
-        )
+    size = spec.num_tiles * lanes
+    with k.range(first // size * size, last, size) as start:
+        _find_tiles(k, spec, it, start, first, last)
         with k.range(0, it.num_rows) as row:
             stop = it.context_len + row
             begin = k.maximum(stop - it.args["window"], k.const(0))
-            sees_tile = (start < stop) & (begin < start + lanes)
-            with k.when(sees_tile), k.range(0, spec.group) as g:
-                _emit_tile(k, spec, it, tile, row, g, begin - start, stop - start)
+            with k.when((start < stop) & (begin < start + size)):
+                begin = k.maximum(begin - start, k.const(0))
+                stop = k.minimum(stop - start, k.const(size))
+                with k.range(0, spec.group) as g:
+                    stretch = _Stretch(
+                        state=row * spec.group + g,
+                        begin=begin,
+                        stop=stop,
+                        first_tile=begin // lanes,
+                        last_tile=(stop + (lanes - 1)) // lanes,
+                    )
+                    _emit_stretch(k, spec, it, stretch, row, g)
     with k.range(0, it.num_rows) as row, k.range(0, spec.group) as g:
         _store_row(k, spec, it, row, g)
 
 
-def _emit_tile(
-    k: Builder, spec: AttentionSpec, it: _Item, tile: _Tile, row: Val, g: Val, begin: Val, stop: Val
+def _find_tiles(
+    k: Builder, spec: AttentionSpec, it: _Item, start: Val, first: Val, last: Val
 ) -> None:
-    """One query row and head against one tile, of which tokens [begin, stop) are visible."""
-    lanes, d = k.isa.lanes, spec.head_dim
-    state = row * spec.group + g
-    q_at = (it.first_row + row) * it.args["q_stride"] + (it.head * spec.group + g) * d
-    q = [k.load(it.args["q"], q_at + at, spec.storage, lanes) for at in range(0, d, lanes)]
-    dots = []
-    for token in range(lanes):
-        dot = k.zeros(lanes)
-        for i, part in enumerate(q):
-            at = token * d + i * lanes
-            dot = k.fma(part, k.load(tile.keys, at, spec.storage, lanes), dot)
-        dots.append(dot)
-    scores = reduce_tree(k, dots) * k.splat(it.args["scale"], lanes)
-    token_ids = k.iota(lanes)
-    is_visible = (token_ids >= k.splat(k.to_i32(begin), lanes)) & (
-        token_ids < k.splat(k.to_i32(stop), lanes)
-    )
-    scores = k.select(is_visible, scores, k.const(_LOWEST, scores.type))
-    before = k.at(it.largest, state, F32)
-    largest = k.maximum(before, k.max_lanes(scores))
-    weights = k.exp(scores - k.splat(largest, lanes))
-    # A row that has seen only masked scores has largest = lowest: its e⁰ must not count.
-    weights = k.select(is_visible, weights, k.zeros(lanes))
+    """Look up where the stretch's tiles lie; those beyond the sequence are left as they are."""
+    lanes, page_tokens = k.isa.lanes, it.args["page_tokens"]
+    for tile in range(spec.num_tiles):
+        token = start + tile * lanes
+        with k.when((token < last) & (first < token + lanes)):
+            slot = it.table_row * it.args["table_stride"] + token // page_tokens
+            page = k.index_at(it.args["page_table"], slot)
+            inside = (it.head * page_tokens + token % page_tokens) * spec.head_dim
+            k.put(it.offsets, tile, page * it.args["page_stride"] + inside)
+
+
+def _emit_stretch(
+    k: Builder, spec: AttentionSpec, it: _Item, stretch: _Stretch, row: Val, g: Val
+) -> None:
+    """One query row and head against one stretch."""
+    lanes = k.isa.lanes
+    for tile in range(spec.num_tiles):
+        unseen = k.const(_LOWEST, vector(F32, lanes))
+        k.store(it.weights, tile * lanes, unseen, Storage.FLOAT32)
+    _emit_scores(k, spec, it, stretch, row, g)
+    scores = [k.load(it.weights, t * lanes, Storage.FLOAT32, lanes) for t in range(spec.num_tiles)]
+    highest = scores[0]
+    for score in scores[1:]:
+        highest = k.maximum(highest, score)
+    before = k.at(it.largest, stretch.state, F32)
+    largest = k.maximum(before, k.max_lanes(highest))
+    weights = [k.exp(score - k.splat(largest, lanes)) for score in scores]
+    total = weights[0]
+    for weight in weights[1:]:
+        total = total + weight
+    for tile, weight in enumerate(weights):
+        k.store(it.weights, tile * lanes, weight, Storage.FLOAT32)
     shrink = k.exp(before - largest)
-    k.put(it.largest, state, largest)
-    total = k.at(it.total, state, F32) * shrink + k.sum_lanes(weights)
-    k.put(it.total, state, total)
-    k.store(it.weights, 0, weights, Storage.FLOAT32)
-    is_whole = (tile.first_valid < 1) & (tile.last_valid >= lanes - 1)
-    with k.when(is_whole):
-        _add_values(k, spec, it, state, shrink, [tile.values] * lanes, range(lanes))
-    with k.otherwise(is_whole):
-        # Slots outside the sequence may hold anything, NaN too: read a valid neighbour, weigh it 0.
-        tokens = [
-            k.minimum(k.maximum(k.const(token), tile.first_valid), tile.last_valid)
-            for token in range(lanes)
-        ]
-        rows = [k.offset(tile.values, token * d, spec.storage) for token in tokens]
-        _add_values(k, spec, it, state, shrink, rows, [0] * lanes)
+    k.put(it.largest, stretch.state, largest)
+    summed = k.at(it.total, stretch.state, F32) * shrink + k.sum_lanes(total)
+    k.put(it.total, stretch.state, summed)
+    _add_values(k, spec, it, stretch, shrink)
 
 
-def _add_values(
-    k: Builder,
-    spec: AttentionSpec,
-    it: _Item,
-    state: Val,
-    shrink: Val,
-    rows: list[Val],
-    offsets: range | list[int],
+def _emit_scores(
+    k: Builder, spec: AttentionSpec, it: _Item, stretch: _Stretch, row: Val, g: Val
 ) -> None:
+    """Write the scaled scores of the visible tokens into `weights`."""
+    lanes, d = k.isa.lanes, spec.head_dim
+    q_at = (it.first_row + row) * it.args["q_stride"] + (it.head * spec.group + g) * d
+    scale = k.splat(it.args["scale"], lanes)
+    query = k.offset(it.args["q"], q_at, spec.storage)
+    q = [k.load(query, at, spec.storage, lanes) * scale for at in range(0, d, lanes)]
+    begin = k.splat(k.to_i32(stretch.begin), lanes)
+    stop = k.splat(k.to_i32(stretch.stop), lanes)
+    with k.range(stretch.first_tile, stretch.last_tile) as tile:
+        keys = k.offset(it.args["keys"], k.at(it.offsets, tile, I64), spec.storage)
+        dots = []
+        for token in range(lanes):
+            dot = k.zeros(lanes)
+            for i, part in enumerate(q):
+                at = token * d + i * lanes
+                dot = k.fma(part, k.load(keys, at, spec.storage, lanes), dot)
+            dots.append(dot)
+        tokens = k.iota(lanes) + k.splat(k.to_i32(tile * lanes), lanes)
+        is_visible = (tokens >= begin) & (tokens < stop)
+        scores = reduce_tree(k, dots)
+        scores = k.select(is_visible, scores, k.const(_LOWEST, scores.type))
+        k.store(it.weights, tile * lanes, scores, Storage.FLOAT32)
+
+
+def _add_values(k: Builder, spec: AttentionSpec, it: _Item, stretch: _Stretch, shrink: Val) -> None:
     """weighted = weighted · shrink + Σ weights[t] · values[t], in two interleaved chains."""
     lanes, d = k.isa.lanes, spec.head_dim
     num_parts = d // lanes
-    even = [
-        k.load(it.weighted, state * d + i * lanes, Storage.FLOAT32, lanes) * k.splat(shrink, lanes)
-        for i in range(num_parts)
+    weighted = k.offset(it.weighted, stretch.state * d, Storage.FLOAT32)
+    chains = [
+        [
+            k.var(k.load(weighted, i * lanes, Storage.FLOAT32, lanes) * k.splat(shrink, lanes))
+            for i in range(num_parts)
+        ],
+        [k.var(k.zeros(lanes)) for _ in range(num_parts)],
     ]
-    odd = [k.zeros(lanes)] * num_parts
-    for token, (values, offset) in enumerate(zip(rows, offsets, strict=True)):
-        weight = k.splat(k.at(it.weights, token, F32), lanes)
-        chain = odd if token % 2 else even
-        for i in range(num_parts):
-            part = k.load(values, offset * d + i * lanes, spec.storage, lanes)
-            chain[i] = k.fma(weight, part, chain[i])
+    with k.range(stretch.first_tile, stretch.last_tile) as tile:
+        values = k.offset(it.args["values"], k.at(it.offsets, tile, I64), spec.storage)
+        weights = k.offset(it.weights, tile * lanes, Storage.FLOAT32)
+        lowest = k.maximum(stretch.begin - tile * lanes, k.const(0))
+        highest = k.minimum(stretch.stop - tile * lanes, k.const(lanes)) - 1
+        is_whole = (lowest < 1) & (highest >= lanes - 1)
+        with k.when(is_whole):
+            _add_tile(k, spec, chains, weights, [values] * lanes, range(lanes))
+        with k.otherwise(is_whole):
+            # Slots out of sight may hold anything, NaN too: read one in sight and weigh it 0.
+            seen = [k.minimum(k.maximum(k.const(token), lowest), highest) for token in range(lanes)]
+            rows = [k.offset(values, token * d, spec.storage) for token in seen]
+            _add_tile(k, spec, chains, weights, rows, [0] * lanes)
     for i in range(num_parts):
-        at = state * d + i * lanes
-        k.store(it.weighted, at, even[i] + odd[i], Storage.FLOAT32)
+        value = chains[0][i].get() + chains[1][i].get()
+        k.store(weighted, i * lanes, value, Storage.FLOAT32)
+
+
+def _add_tile(
+    k: Builder,
+    spec: AttentionSpec,
+    chains: list[list[Var]],
+    weights: Val,
+    rows: list[Val],
+    offsets: range | list[int],
+) -> None:
+    lanes, d = k.isa.lanes, spec.head_dim
+    for token, (values, offset) in enumerate(zip(rows, offsets, strict=True)):
+        weight = k.splat(k.at(weights, token, F32), lanes)
+        for i, chain in enumerate(chains[token % 2]):
+            part = k.load(values, offset * d + i * lanes, spec.storage, lanes)
+            chain.set(k.fma(weight, part, chain.get()))
 
 
 def _store_row(k: Builder, spec: AttentionSpec, it: _Item, row: Val, g: Val) -> None:
