@@ -15,6 +15,7 @@ import argparse
 import signal
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,36 +53,70 @@ def main() -> None:
     # A polite kill must still end the workers, which may be stopped and so deaf to it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options = parse_options()
-    machine = describe_machine()
-    for name, value in machine.items():
-        print(f"{name:10} {value}")
-    rows: list[Row] = []
-    raw: dict[str, object] = {}
-    skipped: list[str] = []
-    agreements: list[Agreement] = []
+    report = Report(options)
     for name in options.models:
         model = open_model(name, options.cache, options.embedded_model)
         sitting = Sitting(model, options)
         try:
             sitting.load()
-            agreements += check_agreement(model, sitting.workers_by_name())
+            report.agreements += check_agreement(model, sitting.workers_by_name())
             sitting.run()
         finally:
+            # What was measured is shown even when the sitting is cut short.
             sitting.close()
-        skipped += sitting.skipped
-        raw[name] = sitting.measured.as_plain()
-        print_figures(sitting.measured, title=f"{name}: medians, {options.threads} threads")
-        fresh = model_rows(model, sitting.measured, sitting.workloads)
-        rows += fresh
-        if fresh:
-            print_rows(fresh, title=f"{name}: ratios (above 1 is in our favour)")
-    for agreement in agreements:
-        print(agreement.describe())
-    for line in skipped:
-        print(f"skipped: {line}")
-    if options.json:
-        checks = [agreement.describe() for agreement in agreements]
-        write_json(options.json, rows, machine, raw=raw, skipped=skipped, agreement=checks)
+            report.add(sitting)
+    report.close()
+
+
+class Report:
+    """Prints as models are done, and rewrites the JSON file each time."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._rows: list[Row] = []
+        self._raw: dict[str, object] = {}
+        self._skipped: list[str] = []
+        self._versions: dict[str, str] = {}
+        self.agreements: list[Agreement] = []
+        self._machine = describe_machine()
+        for name, value in self._machine.items():
+            print(f"{name:10} {value}")
+
+    def add(self, sitting: Sitting) -> None:
+        """One model's figures and ratios."""
+        name = sitting.model.name
+        self._skipped += sitting.skipped
+        self._raw[name] = sitting.measured.as_plain()
+        self._versions |= sitting.versions
+        threads = self._options.threads
+        print_figures(sitting.measured, title=f"{name}: medians, {threads} threads")
+        rows = model_rows(sitting.model, sitting.measured, sitting.workloads)
+        self._rows += rows
+        if rows:
+            print_rows(rows, title=f"{name}: ratios (above 1 is in our favour)")
+        self._save()
+
+    def close(self) -> None:
+        """What concerns all models."""
+        for engine, version in self._versions.items():
+            print(f"version: {engine}: {version}")
+        for agreement in self.agreements:
+            print(agreement.describe())
+        for line in self._skipped:
+            print(f"skipped: {line}")
+
+    def _save(self) -> None:
+        if self._options.json is None:
+            return
+        write_json(
+            self._options.json,
+            self._rows,
+            self._machine,
+            versions=self._versions,
+            raw=self._raw,
+            skipped=self._skipped,
+            agreement=[agreement.describe() for agreement in self.agreements],
+        )
 
 
 class Sitting:
@@ -98,6 +133,7 @@ class Sitting:
         )
         self.skipped: list[str] = []
         self.measured = Measured()
+        self.versions: dict[str, str] = {}
         self.entrants: list[Entrant] = []
         self._machine: Worker | None = None
 
@@ -124,11 +160,13 @@ class Sitting:
 
     def run(self) -> None:
         """Every round: the machine's limits, then each workload by each engine in rotation."""
+        deadline_s = time.monotonic() + self.options.time_limit_s
         for round_index in range(self.options.rounds):
+            if round_index and time.monotonic() > deadline_s:
+                self._skip(f"rounds from {round_index + 1} on", "--time-limit-s has passed")
+                break
             self._measure_machine(round_index)
             for workload in self.workloads:
-                if round_index >= workload.max_rounds:
-                    continue
                 turns = [entrant for entrant in self.entrants if workload.admits(entrant.engine)]
                 first = round_index % len(turns) if turns else 0
                 for entrant in turns[first:] + turns[:first]:
@@ -171,7 +209,8 @@ class Sitting:
             worker.close()
             raise
         self.entrants.append(entrant)
-        log(f"{self.model.name}: {entrant.name} ready: {notes}")
+        self.versions[engine.name] = ", ".join(f"{name} {text}" for name, text in notes.items())
+        log(f"{self.model.name}: {entrant.name} ready: {self.versions[engine.name]}")
 
     def _measure(self, entrant: Entrant, workload: Workload, round_index: int) -> None:
         if entrant not in self.entrants:
@@ -224,6 +263,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batches", type=_counts, default=[1, 8, 32])
     parser.add_argument("--workloads", type=_names, default=[str(kind) for kind in Kind])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--time-limit-s", type=float, default=3600.0, help="no round of a model begins after this"
+    )
     parser.add_argument("--peers", type=_names, default=peers, help="also: weft-nocompiler")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer's interpreter"

@@ -37,7 +37,6 @@ class Workload:
     prompt_lens: tuple[int, ...]
     num_new_tokens: tuple[int, ...]
     num_repeats: int = 1
-    max_rounds: int = 10**6
 
     @property
     def batch(self) -> int:
