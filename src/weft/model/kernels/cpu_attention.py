@@ -18,7 +18,6 @@ from weft.model.kernels.cpu_attention_ir import (
     ATTENTION_ARGS,
     WORK_FIELDS,
     AttentionSpec,
-    emit_attention,
 )
 from weft.model.kernels.cpu_ir import Storage
 from weft.model.kernels.cpu_rows_ir import (
@@ -26,8 +25,6 @@ from weft.model.kernels.cpu_rows_ir import (
     ROPE_ARGS,
     NormSpec,
     RopeSpec,
-    emit_rms_norm,
-    emit_rope,
 )
 from weft.model.kernels.cpu_team import Call, NativeKernels
 from weft.model.kernels.interface import AttentionShape, HeadNorms
@@ -59,7 +56,7 @@ def norm_call(
         x.shape[1],
         float_bits(eps),
     )
-    kernel = native.address(spec.name, emit_rms_norm(spec))
+    kernel = native.address(spec)
     rows_word = NORM_ARGS.index("num_rows")
     return Call(kernel=kernel, words=words, rows_word=rows_word, keep=(x, weight, out))
 
@@ -95,7 +92,7 @@ def rope_call(
         float_bits(shape.norm_eps),
     )
     keep = (qkv, rope.cos, rope.sin, kv.keys, kv.values, group.write_slots)
-    kernel = native.address(spec.name, emit_rope(spec))
+    kernel = native.address(spec)
     rows_word = ROPE_ARGS.index("num_tokens")
     return Call(kernel=kernel, words=words, rows_word=rows_word, keep=keep)
 
@@ -138,7 +135,7 @@ def attention_call(
         float_bits(spec.head_dim**-0.5),
     )
     keep = (query, out, kv.keys, kv.values, group.page_tables, context_lens, work)
-    kernel = native.address(spec.name, emit_attention(spec))
+    kernel = native.address(spec)
     rows_word = ATTENTION_ARGS.index("num_blocks")
     return Call(kernel=kernel, words=words, rows_word=rows_word, keep=keep)
 

@@ -12,7 +12,6 @@ result does not depend, in any bit, on the other rows of its block, nor on the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from weft.model.kernels.cpu_gemm import reduce_tree
@@ -64,6 +63,10 @@ class AttentionSpec:
         """The most query rows that one work item may hold."""
         return max(1, _MAX_STATES // self.group)
 
+    def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
+        """Write the body."""
+        emit_attention(self, k, args, thread, num_threads)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
@@ -93,53 +96,51 @@ class _Stretch:
     last_tile: Val
 
 
-def emit_attention(spec: AttentionSpec) -> Callable[[Builder, Val, Val, Val], None]:
+def emit_attention(
+    spec: AttentionSpec, k: Builder, args_at: Val, thread: Val, num_threads: Val
+) -> None:
     """The body of one variant; its int64 arguments are `ATTENTION_ARGS`, strides in elements.
 
     `work` is int32 [num_blocks, WORK_FIELDS], or 0: then block b is query row b alone, with row b
     of the page table and context_lens[b]. `window` counts the last tokens that a row may see.
     """
-
-    def emit(k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
-        args = {name: k.at(args_at, i, I64) for i, name in enumerate(ATTENTION_ARGS)}
-        for name in ("q", "out", "keys", "values", "page_table", "context_lens", "work"):
-            args[name] = k.pointer(args[name])
-        args["scale"] = k.at(args_at, 2 * ATTENTION_ARGS.index("scale_bits"), F32)
-        num_states = spec.max_block_rows * spec.group
-        scratch = {
-            "largest": k.scratch(F32, num_states),
-            "total": k.scratch(F32, num_states),
-            "weighted": k.scratch(F32, num_states * spec.head_dim),
-            "weights": k.scratch(F32, spec.num_tiles * k.isa.lanes),
-            "offsets": k.scratch(I64, spec.num_tiles),
-        }
-        num_items = args["num_blocks"] * args["num_kv_heads"]
-        has_work = k.at(args_at, ATTENTION_ARGS.index("work"), I64) > 0
-        # Neighbouring items cost alike, so dealing them out in turn balances the threads.
-        with k.range(thread, num_items, num_threads) as item:
-            block = item // args["num_kv_heads"]
-            fields = [k.var(v) for v in (block, block, k.const(1), k.const(0))]
-            with k.when(has_work):
-                for i, field in enumerate(fields):
-                    field.set(k.index_at(args["work"], block * len(WORK_FIELDS) + i))
-            with k.otherwise(has_work):
-                fields[3].set(k.index_at(args["context_lens"], block))
-            table_row, first_row, num_rows, context_len = (field.get() for field in fields)
-            _emit_item(
-                k,
-                spec,
-                _Item(
-                    args=args,
-                    head=item % args["num_kv_heads"],
-                    table_row=table_row,
-                    first_row=first_row,
-                    num_rows=num_rows,
-                    context_len=context_len,
-                    **scratch,
-                ),
-            )
-
-    return emit
+    args = {name: k.at(args_at, i, I64) for i, name in enumerate(ATTENTION_ARGS)}
+    for name in ("q", "out", "keys", "values", "page_table", "context_lens", "work"):
+        args[name] = k.pointer(args[name])
+    args["scale"] = k.at(args_at, 2 * ATTENTION_ARGS.index("scale_bits"), F32)
+    num_states = spec.max_block_rows * spec.group
+    scratch = {
+        "largest": k.scratch(F32, num_states),
+        "total": k.scratch(F32, num_states),
+        "weighted": k.scratch(F32, num_states * spec.head_dim),
+        "weights": k.scratch(F32, spec.num_tiles * k.isa.lanes),
+        "offsets": k.scratch(I64, spec.num_tiles),
+    }
+    num_items = args["num_blocks"] * args["num_kv_heads"]
+    has_work = k.at(args_at, ATTENTION_ARGS.index("work"), I64) > 0
+    # Neighbouring items cost alike, so dealing them out in turn balances the threads.
+    with k.range(thread, num_items, num_threads) as item:
+        block = item // args["num_kv_heads"]
+        fields = [k.var(v) for v in (block, block, k.const(1), k.const(0))]
+        with k.when(has_work):
+            for i, field in enumerate(fields):
+                field.set(k.index_at(args["work"], block * len(WORK_FIELDS) + i))
+        with k.otherwise(has_work):
+            fields[3].set(k.index_at(args["context_lens"], block))
+        table_row, first_row, num_rows, context_len = (field.get() for field in fields)
+        _emit_item(
+            k,
+            spec,
+            _Item(
+                args=args,
+                head=item % args["num_kv_heads"],
+                table_row=table_row,
+                first_row=first_row,
+                num_rows=num_rows,
+                context_len=context_len,
+                **scratch,
+            ),
+        )
 
 
 def _emit_item(k: Builder, spec: AttentionSpec, it: _Item) -> None:

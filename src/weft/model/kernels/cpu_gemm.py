@@ -11,7 +11,7 @@ M and the blocking, so a row's result does not depend, in any bit, on what else 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -46,6 +46,10 @@ class GemmSpec:
     def outputs_per_group(self) -> int:
         """The fewest outputs per row that the kernel can make."""
         return GROUP // 2 if self.epilogue is Epilogue.SILU_MUL else GROUP
+
+    def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
+        """Write the body."""
+        emit_gemm(self, k, args, thread, num_threads)
 
 
 GROUP = 8  # rows of W that are summed together
@@ -82,30 +86,26 @@ class _Tile:
     k_stop: Val
 
 
-def emit_gemm(spec: GemmSpec) -> Callable[[Builder, Val, Val, Val], None]:
+def emit_gemm(spec: GemmSpec, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
     """The body of one variant; its int64 arguments are `GEMM_ARGS`, leading dimensions in elements.
 
     `extra` is the bias [N] or the addend [M, N] (row stride ldy). For SILU_MUL, W is [2N, K], the
     gates' rows before the ups'.
     """
-
-    def emit(k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
-        p = _load_operands(k, args)
-        width = spec.outputs_per_group
-        num_groups = (p.num_outputs + (width - 1)) // width
-        first = num_groups * thread // num_threads
-        last = num_groups * (thread + 1) // num_threads
-        stretch = _STRETCH_BYTES // spec.storage.num_bytes
-        with k.range(0, p.num_rows, p.row_block) as row:
-            stop = k.minimum(row + p.row_block, p.num_rows)
-            with k.range(first, last) as group:
-                # The last group is pulled back to end at N; what overlaps is made twice, alike.
-                output = k.minimum(group * width, p.num_outputs - width)
-                with k.range(0, p.k_size, stretch) as k_start:
-                    k_stop = k.minimum(k_start + stretch, p.k_size)
-                    _emit_rows(k, spec, p, output, row, stop, k_start, k_stop)
-
-    return emit
+    p = _load_operands(k, args)
+    width = spec.outputs_per_group
+    num_groups = (p.num_outputs + (width - 1)) // width
+    first = num_groups * thread // num_threads
+    last = num_groups * (thread + 1) // num_threads
+    stretch = _STRETCH_BYTES // spec.storage.num_bytes
+    with k.range(0, p.num_rows, p.row_block) as row:
+        stop = k.minimum(row + p.row_block, p.num_rows)
+        with k.range(first, last) as group:
+            # The last group is pulled back to end at N; what overlaps is made twice, alike.
+            output = k.minimum(group * width, p.num_outputs - width)
+            with k.range(0, p.k_size, stretch) as k_start:
+                k_stop = k.minimum(k_start + stretch, p.k_size)
+                _emit_rows(k, spec, p, output, row, stop, k_start, k_stop)
 
 
 def _load_operands(k: Builder, args: Val) -> _Operands:

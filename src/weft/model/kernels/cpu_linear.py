@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.model.kernels.cpu_gemm import GEMM_ARGS, MAX_ROW_BLOCK, Epilogue, GemmSpec, emit_gemm
+from weft.model.kernels.cpu_gemm import GEMM_ARGS, MAX_ROW_BLOCK, Epilogue, GemmSpec
 from weft.model.kernels.cpu_ir import Isa, Storage
 from weft.model.kernels.cpu_team import Call, NativeKernels, native_kernels
 
@@ -111,7 +111,7 @@ def run_gemm(
     """
     storage = _STORAGES[weight.dtype]
     spec = _spec(native, storage, epilogue, x.shape[0], weight.shape[1])
-    kernel = native.address(spec.name, emit_gemm(spec))
+    kernel = native.address(spec)
     words = gemm_words(x, weight, y, extra, epilogue)
     native.team.submit(
         Call(kernel=kernel, words=words, rows_word=_ROWS_WORD, keep=(x, weight, y, extra))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.model.kernels.cpu_rows_ir import GatherSpec, emit_gather
+from weft.model.kernels.cpu_rows_ir import GatherSpec
 from weft.model.kernels.cpu_team import (
     Call,
     KernelsUnavailableError,
@@ -112,7 +112,7 @@ class _OnlyNative(TorchDispatchMode):
             table.shape[1] * size,
         )
         spec = GatherSpec()
-        kernel = self._native.address(spec.name, emit_gather(spec))
+        kernel = self._native.address(spec)
         keep = (table, ids, out)
         self._native.team.submit(Call(kernel=kernel, words=words, rows_word=4, keep=keep))
         return out

@@ -5,7 +5,6 @@ Shape legend: T tokens, D head_dim, Hq query heads, H key/value heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from weft.model.kernels.cpu_ir import F32, I64, Builder, Storage, Val
@@ -43,6 +42,10 @@ class NormSpec:
         """A C identifier."""
         return f"rms_norm_{self.storage}"
 
+    def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
+        """Write the body."""
+        emit_rms_norm(self, k, args, thread, num_threads)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
@@ -57,6 +60,10 @@ class RopeSpec:
         """A C identifier."""
         return f"rope_{self.storage}_d{self.head_dim}" + ("_norms" if self.has_norms else "")
 
+    def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
+        """Write the body."""
+        emit_rope(self, k, args, thread, num_threads)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatherSpec:
@@ -64,86 +71,78 @@ class GatherSpec:
 
     name: str = "gather"
 
+    def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
+        """Write the body."""
+        emit_gather(self, k, args, thread, num_threads)
 
-def emit_gather(spec: GatherSpec) -> Callable[[Builder, Val, Val, Val], None]:
+
+def emit_gather(spec: GatherSpec, k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
     """out[i] = table[ids[i]] for rows of `row_bytes`; arguments `GATHER_ARGS`."""
-
-    def emit(k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
-        args = {name: k.at(args_at, i, I64) for i, name in enumerate(GATHER_ARGS)}
-        table, ids, out = (k.pointer(args[name]) for name in ("table", "ids", "out"))
-        with k.range(thread, args["num_rows"], num_threads) as row:
-            source = k.byte_offset(table, k.at(ids, row, I64) * args["table_stride_bytes"])
-            k.copy_bytes(k.byte_offset(out, row * args["row_bytes"]), source, args["row_bytes"])
-
-    return emit
+    args = {name: k.at(args_at, i, I64) for i, name in enumerate(GATHER_ARGS)}
+    table, ids, out = (k.pointer(args[name]) for name in ("table", "ids", "out"))
+    with k.range(thread, args["num_rows"], num_threads) as row:
+        source = k.byte_offset(table, k.at(ids, row, I64) * args["table_stride_bytes"])
+        k.copy_bytes(k.byte_offset(out, row * args["row_bytes"]), source, args["row_bytes"])
 
 
-def emit_rms_norm(spec: NormSpec) -> Callable[[Builder, Val, Val, Val], None]:
+def emit_rms_norm(spec: NormSpec, k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
     """out [T, size] = x / rms(x) · weight; arguments `NORM_ARGS`, eps as float32 bits."""
-
-    def emit(k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
-        args = {name: k.at(args_at, i, I64) for i, name in enumerate(NORM_ARGS)}
-        eps = k.at(args_at, 2 * NORM_ARGS.index("eps_bits"), F32)
-        x, weight, out = (k.pointer(args[name]) for name in ("x", "weight", "out"))
-        lanes, size = k.isa.lanes, args["size"]
-        with k.range(thread, args["num_rows"], num_threads) as row:
-            total = k.var(k.zeros(lanes))
-            with k.range(0, size, lanes) as at:
-                value = k.load(x, row * args["x_stride"] + at, spec.storage, lanes)
-                total.set(k.fma(value, value, total.get()))
-            mean = k.sum_lanes(total.get()) / k.to_float(size)
-            scale = k.splat(k.const(1.0, F32) / k.sqrt(mean + eps), lanes)
-            with k.range(0, size, lanes) as at:
-                value = k.load(x, row * args["x_stride"] + at, spec.storage, lanes) * scale
-                value = k.round_to(value, spec.storage) * k.load(weight, at, spec.storage, lanes)
-                k.store(out, row * size + at, value, spec.storage)
-
-    return emit
+    args = {name: k.at(args_at, i, I64) for i, name in enumerate(NORM_ARGS)}
+    eps = k.at(args_at, 2 * NORM_ARGS.index("eps_bits"), F32)
+    x, weight, out = (k.pointer(args[name]) for name in ("x", "weight", "out"))
+    lanes, size = k.isa.lanes, args["size"]
+    with k.range(thread, args["num_rows"], num_threads) as row:
+        total = k.var(k.zeros(lanes))
+        with k.range(0, size, lanes) as at:
+            value = k.load(x, row * args["x_stride"] + at, spec.storage, lanes)
+            total.set(k.fma(value, value, total.get()))
+        mean = k.sum_lanes(total.get()) / k.to_float(size)
+        scale = k.splat(k.const(1.0, F32) / k.sqrt(mean + eps), lanes)
+        with k.range(0, size, lanes) as at:
+            value = k.load(x, row * args["x_stride"] + at, spec.storage, lanes) * scale
+            value = k.round_to(value, spec.storage) * k.load(weight, at, spec.storage, lanes)
+            k.store(out, row * size + at, value, spec.storage)
 
 
-def emit_rope(spec: RopeSpec) -> Callable[[Builder, Val, Val, Val], None]:
+def emit_rope(spec: RopeSpec, k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
     """Turn queries in place, write turned keys and plain values to their slots of the arena.
 
     Arguments `ROPE_ARGS`: qkv [T, (Hq + 2H) D]; cos and sin [T, D/2] by rows of `turn_stride`;
     slots int64 [T], page · page_tokens + offset. A pair is (i, i + D/2), as in transformers.
     """
+    args = {name: k.at(args_at, i, I64) for i, name in enumerate(ROPE_ARGS)}
+    pointers = ("qkv", "cos", "sin", "keys", "values", "slots", "query_norm", "key_norm")
+    for name in pointers:
+        args[name] = k.pointer(args[name])
+    args["eps"] = k.at(args_at, 2 * ROPE_ARGS.index("eps_bits"), F32)
+    num_heads, num_kv_heads = args["num_heads"], args["num_kv_heads"]
+    heads_per_token = num_heads + num_kv_heads * 2
+    num_items = args["num_tokens"] * heads_per_token
+    with k.range(thread, num_items, num_threads) as item:
+        token, head = item // heads_per_token, item % heads_per_token
+        source = k.offset(
+            args["qkv"], token * args["qkv_stride"] + head * spec.head_dim, spec.storage
+        )
+        slot = k.at(args["slots"], token, I64)
+        page, offset = slot // args["page_tokens"], slot % args["page_tokens"]
 
-    def emit(k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
-        args = {name: k.at(args_at, i, I64) for i, name in enumerate(ROPE_ARGS)}
-        pointers = ("qkv", "cos", "sin", "keys", "values", "slots", "query_norm", "key_norm")
-        for name in pointers:
-            args[name] = k.pointer(args[name])
-        args["eps"] = k.at(args_at, 2 * ROPE_ARGS.index("eps_bits"), F32)
-        num_heads, num_kv_heads = args["num_heads"], args["num_kv_heads"]
-        heads_per_token = num_heads + num_kv_heads * 2
-        num_items = args["num_tokens"] * heads_per_token
-        with k.range(thread, num_items, num_threads) as item:
-            token, head = item // heads_per_token, item % heads_per_token
-            source = k.offset(
-                args["qkv"], token * args["qkv_stride"] + head * spec.head_dim, spec.storage
-            )
-            slot = k.at(args["slots"], token, I64)
-            page, offset = slot // args["page_tokens"], slot % args["page_tokens"]
+        def in_page(kv_head: Val, page: Val = page, offset: Val = offset) -> Val:
+            inside = (kv_head * args["page_tokens"] + offset) * spec.head_dim
+            return page * args["page_stride"] + inside
 
-            def in_page(kv_head: Val, page: Val = page, offset: Val = offset) -> Val:
-                inside = (kv_head * args["page_tokens"] + offset) * spec.head_dim
-                return page * args["page_stride"] + inside
-
-            is_query = head < num_heads
-            is_key = head < num_heads + num_kv_heads
-            with k.when(is_query):
-                _emit_turn(k, spec, args, token, source, source, "query_norm")
-            with k.otherwise(is_query), k.when(is_key):
-                target = k.offset(args["keys"], in_page(head - num_heads), spec.storage)
-                _emit_turn(k, spec, args, token, source, target, "key_norm")
-            with k.otherwise(is_key):
-                at = in_page(head - num_heads - num_kv_heads)
-                target = k.offset(args["values"], at, spec.storage)
-                lanes = _lanes(k, spec.head_dim)
-                for i in range(0, spec.head_dim, lanes):
-                    k.store(target, i, k.load(source, i, spec.storage, lanes), spec.storage)
-
-    return emit
+        is_query = head < num_heads
+        is_key = head < num_heads + num_kv_heads
+        with k.when(is_query):
+            _emit_turn(k, spec, args, token, source, source, "query_norm")
+        with k.otherwise(is_query), k.when(is_key):
+            target = k.offset(args["keys"], in_page(head - num_heads), spec.storage)
+            _emit_turn(k, spec, args, token, source, target, "key_norm")
+        with k.otherwise(is_key):
+            at = in_page(head - num_heads - num_kv_heads)
+            target = k.offset(args["values"], at, spec.storage)
+            lanes = _lanes(k, spec.head_dim)
+            for i in range(0, spec.head_dim, lanes):
+                k.store(target, i, k.load(source, i, spec.storage, lanes), spec.storage)
 
 
 def _lanes(k: Builder, size: int) -> int:

@@ -16,10 +16,11 @@ import functools
 import logging
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import llvmlite.binding as llvm
 import torch
@@ -69,6 +70,15 @@ define void @member(ptr %job) {{
   %num_ops_at = getelementptr i64, ptr %job, i64 1
   %num_ops = load i64, ptr %num_ops_at
   call void @run_ops(ptr %ops, i64 %num_ops, i64 %thread_64, i64 %size_64)
+  ret void
+}}
+
+define void @launch_one(ptr %kernel, ptr %args, i64 %num_threads) {{
+  %op = alloca {{ ptr, ptr }}
+  store ptr %kernel, ptr %op
+  %args_at = getelementptr {{ ptr, ptr }}, ptr %op, i64 0, i32 1
+  store ptr %args, ptr %args_at
+  call void @launch(ptr %op, i64 1, i64 %num_threads)
   ret void
 }}
 
@@ -218,6 +228,8 @@ class Team:
         self._is_shared = bool(openmp)
         entry = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
         self._launch = entry(self._code.address("launch"))
+        one = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64)
+        self._launch_one = one(self._code.address("launch_one"))
         self._local = threading.local()
 
     @property
@@ -228,6 +240,11 @@ class Team:
     def submit(self, *calls: Call) -> None:
         """Run calls in order; inside `recording` on this thread, append them instead."""
         record: OpList | None = getattr(self._local, "record", None)
+        if record is None and len(calls) == 1:
+            words = calls[0].words
+            packed = struct.pack(f"{len(words)}q", *words)
+            self._launch_one(calls[0].kernel, packed, self.num_threads)
+            return
         ops = OpList(self) if record is None else record
         for call in calls:
             ops.add(call)
@@ -248,29 +265,42 @@ class Team:
         self._launch(packed, num_ops, self.num_threads)
 
 
+class KernelSpec(Protocol):
+    """Names one variant of a kernel and writes its code; hashable, equal where the code is."""
+
+    @property
+    def name(self) -> str:
+        """A C identifier."""
+        ...
+
+    def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
+        """Write the body; what the words at `args` mean is between the kernel and its callers."""
+        ...
+
+
 class NativeKernels:
     """The kernels compiled so far, and the team that runs them."""
 
     def __init__(self, team: Team, isa: Isa) -> None:
         self.team = team
         self.isa = isa
-        self._addresses: dict[str, int] = {}
+        self._addresses: dict[KernelSpec, int] = {}
         self._modules: list[CompiledModule] = []
         self._lock = threading.Lock()
 
-    def address(self, name: str, emit: Callable[[Builder, Val, Val, Val], None]) -> int:
-        """The address of a kernel, compiled on first use (about a tenth of a second)."""
-        known = self._addresses.get(name)
+    def address(self, spec: KernelSpec) -> int:
+        """The address of a kernel, compiled on first use (a fifth of a second, about)."""
+        known = self._addresses.get(spec)
         if known is not None:
             return known
         with self._lock:
-            if name not in self._addresses:
-                module = ir.Module(name)
-                define_kernel(module, name, self.isa, emit)
+            if spec not in self._addresses:
+                module = ir.Module(spec.name)
+                define_kernel(module, spec.name, self.isa, spec.emit)
                 compiled = CompiledModule(str(module))
                 self._modules.append(compiled)
-                self._addresses[name] = compiled.address(name)
-            return self._addresses[name]
+                self._addresses[spec] = compiled.address(spec.name)
+            return self._addresses[spec]
 
 
 @functools.cache
