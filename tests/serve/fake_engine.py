@@ -202,6 +202,11 @@ def build_failing(config: EngineConfig) -> BuiltExecutor:
     raise ModelLoadError(f"{config.model}: model.safetensors is missing")
 
 
+def build_dying(config: EngineConfig) -> BuiltExecutor:
+    """A process that ends while its model loads, without a word."""
+    os._exit(9)
+
+
 def write_model_directory(directory: Path) -> Path:
     """A tokenizer of bytes with a chat template: all that the API process reads."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
