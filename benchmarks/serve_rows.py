@@ -79,6 +79,8 @@ def model_rows(model: BenchModel, measured: Measured, workloads: Sequence[Worklo
 
 def target_ratio(model: str, peer: str, workload: Workload) -> float | None:
     """The ratio that the project set itself; None where it promised nothing."""
+    if peer.startswith(OURS):
+        return None
     is_throughput = workload.kind in (Kind.UNIFORM, Kind.MIXED)
     if peer == "vllm":
         return 2.0 if model == "embedded" else 1.0

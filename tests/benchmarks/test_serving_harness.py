@@ -197,4 +197,5 @@ def test_targets_are_those_of_the_project() -> None:
     assert target_ratio("rand110", "vllm", by_name["ttft"]) == 1.0
     assert target_ratio("rand110", "transformers-cb", by_name["mixed 8"]) == 2.0
     assert target_ratio("rand110", "llama.cpp", by_name["batch 1"]) == 1.0
+    assert target_ratio("rand110", "weft-nocompiler", by_name["batch 1"]) is None
     assert target_ratio("embedded", "onnxruntime-genai", by_name["batch 8"]) is None
