@@ -28,7 +28,7 @@ def test_shape_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     ours = ModelConfig.from_directory(tmp_path)
     assert ours.family == theirs.model_type
     assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", None) or 8
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16)
     assert ours.tie_word_embeddings is theirs.tie_word_embeddings
     assert ours.eos_token_ids == (2,)
     kinds = getattr(theirs, "layer_types", None)

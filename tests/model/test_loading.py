@@ -78,15 +78,15 @@ def test_random_weights_depend_on_seed_and_name_only(tmp_path: Path) -> None:
 
 def test_bad_tensors_are_named(tmp_path: Path) -> None:
     write_checkpoint("llama2-mha", tmp_path)
-    edit(tmp_path, model__layers__1__mlp__up_proj__weight=torch.zeros(48, 31))
-    with pytest.raises(ModelLoadError, match=r"layers\.1\.mlp\.up_proj.*\(48, 31\).*\(48, 32\)"):
+    edit(tmp_path, model__layers__1__mlp__up_proj__weight=torch.zeros(48, 63))
+    with pytest.raises(ModelLoadError, match=r"layers\.1\.mlp\.up_proj.*\(48, 63\).*\(48, 64\)"):
         load(tmp_path)
     edit(tmp_path, model__layers__1__mlp__up_proj__weight=None)
     with pytest.raises(ModelLoadError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         load(tmp_path)
     edit(
         tmp_path,
-        model__layers__1__mlp__up_proj__weight=torch.zeros(48, 32, dtype=torch.int8),
+        model__layers__1__mlp__up_proj__weight=torch.zeros(48, 64, dtype=torch.int8),
     )
     with pytest.raises(ModelLoadError, match=r"up_proj\.weight is torch\.int8"):
         load(tmp_path)
@@ -96,7 +96,7 @@ def test_tensors_that_the_model_has_no_use_for_are_refused(tmp_path: Path) -> No
     write_checkpoint("llama2-mha", tmp_path)
     edit(tmp_path, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
     load(tmp_path)
-    edit(tmp_path, model__layers__0__self_attn__q_proj__bias=torch.zeros(32))
+    edit(tmp_path, model__layers__0__self_attn__q_proj__bias=torch.zeros(64))
     with pytest.raises(ModelLoadError, match=r"holds model\.layers\.0\.self_attn\.q_proj\.bias"):
         load(tmp_path)
 

@@ -172,9 +172,18 @@ class Row:
 class HandMade:
     """Builds batches whose pages lie scattered over the arena, and runs them."""
 
-    def __init__(self, context: DeviceContext, *, max_num_seqs: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self,
+        context: DeviceContext,
+        *,
+        max_num_seqs: int = 4,
+        seed: int = 0,
+        replays_decodes: bool = True,
+    ) -> None:
         self.context = context
-        self.executor = TorchExecutor(context, max_num_seqs=max_num_seqs)
+        self.executor = TorchExecutor(
+            context, max_num_seqs=max_num_seqs, replays_decodes=replays_decodes
+        )
         rng = np.random.default_rng(seed)
         free = iter((rng.permutation(context.num_pages - 1) + 1).tolist())
         self.tables = []
@@ -183,6 +192,11 @@ class HandMade:
             table = [[next(free) for _ in range(per_slot)] for _ in range(max_num_seqs)]
             self.tables.append(np.array(table, np.int32))
         self._num_batches = 0
+
+    @property
+    def num_replayed(self) -> int:
+        """Iterations that ran as one recorded launch."""
+        return self.executor.num_replayed
 
     def batch(
         self, rows: Sequence[Row], *, starts: Sequence[SequenceStart] = (), **changes: object

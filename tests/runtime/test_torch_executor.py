@@ -11,6 +11,7 @@ from runtime.harness import HandMade, Row, make_context, random_model, reference
 from weft.base.errors import IntegrityError, UnsupportedError
 from weft.engine import wire
 from weft.engine.batch import UNKNOWN_TOKEN, AdapterRef, Batch, SegmentKind, StepResult
+from weft.model.kernels.cpu_team import native_kernels
 
 RNG = np.random.default_rng(0)
 SEQUENCES = [RNG.integers(0, 97, size).tolist() for size in (61, 7, 30, 45)]
@@ -237,3 +238,40 @@ def test_an_executor_adopts_the_pages_of_its_predecessor() -> None:
         ),
     )
     assert_logprobs(result, 0, name, SEQUENCES[0])
+
+
+@pytest.mark.parametrize("name", ["llama3-gqa", "qwen2-mixed-windows", "qwen3", "llama2-mha"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_decodes_equal_the_decoders_own(name: str, dtype: torch.dtype) -> None:
+    if native_kernels() is None:
+        pytest.skip("no native CPU kernels on this processor")
+    context = make_context(random_model(name), dtype=dtype, num_sequences=20)
+    recorded = HandMade(context, replays_decodes=True)
+    plain = HandMade(context, replays_decodes=False)
+    prefill = recorded.batch(
+        [Row(slot=slot, tokens=tokens) for slot, tokens in enumerate(SEQUENCES)],
+        starts=[start(slot, tokens) for slot, tokens in enumerate(SEQUENCES)],
+    )
+    tokens = run(plain, prefill).tokens[:, 0]
+    assert np.array_equal(run(recorded, prefill).tokens[:, 0], tokens)
+    # Fewer rows than were recorded, in another order, and one slot less each time.
+    for step, slots in enumerate(([2, 0, 3, 1], [1, 2, 0], [0, 2], [2])):
+        batch = recorded.batch(
+            [
+                Row(
+                    slot=slot,
+                    tokens=[UNKNOWN_TOKEN],
+                    begin=len(SEQUENCES[slot]) + step,
+                    is_decode=True,
+                )
+                for slot in slots
+            ]
+        )
+        ours, theirs = run(recorded, batch), run(plain, batch)
+        assert ours.logprobs is not None
+        assert theirs.logprobs is not None
+        assert np.array_equal(ours.tokens, theirs.tokens)
+        tolerance = 1e-5 if dtype is torch.float32 else 0.1
+        np.testing.assert_allclose(ours.logprobs.chosen, theirs.logprobs.chosen, atol=tolerance)
+    assert recorded.num_replayed == 4
+    assert plain.num_replayed == 0

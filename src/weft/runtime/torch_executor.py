@@ -21,6 +21,7 @@ from weft.engine.batch import (
     SampledLogprobs,
     StepResult,
 )
+from weft.runtime.decode_replay import record_decodes
 from weft.runtime.device_context import DeviceContext
 from weft.runtime.sampler import RankedLogprobs, Sampled, rank, sample
 from weft.runtime.sampling_plan import plan_sampling
@@ -54,7 +55,10 @@ class TorchExecutor:
     `collect` waits for the device.
     """
 
-    def __init__(self, context: DeviceContext, *, max_num_seqs: int) -> None:
+    def __init__(
+        self, context: DeviceContext, *, max_num_seqs: int, replays_decodes: bool = True
+    ) -> None:
+        """`replays_decodes` records iterations of decodes only where the device can."""
         self._context = context
         self._info = ExecutorInfo(
             num_pages=context.num_pages,
@@ -65,8 +69,11 @@ class TorchExecutor:
             max_num_seqs=max_num_seqs,
         )
         self._slots = SlotTable(max_num_seqs, context.config.vocab_size, context.device)
+        self._replay = record_decodes(context, max_num_seqs) if replays_decodes else None
         self._pending: deque[_Pending] = deque()
         self._is_closed = False
+        self.num_replayed = 0
+        """Iterations that ran as one recorded launch."""
 
     @property
     def info(self) -> ExecutorInfo:
@@ -84,9 +91,15 @@ class TorchExecutor:
         check_batch(batch, self._info.num_layers)
         self._slots.apply(batch.freed_slots, batch.starts)
         self._move_pages(batch)
-        hidden = self._forward(batch)
-        prompt_ranks = self._rank_prompts(batch, hidden)
-        sampled, logprob_rows = self._sample(batch, hidden)
+        prompt_ranks: tuple[_PromptRanks, ...] = ()
+        if self._replay is not None and self._replay.covers(batch):
+            logits = self._replay.run(batch, self._slots.last_token)
+            self.num_replayed += 1
+        else:
+            hidden = self._forward(batch)
+            prompt_ranks = self._rank_prompts(batch, hidden)
+            logits = self._last_logits(batch, hidden)
+        sampled, logprob_rows = self._sample(batch, logits)
         self._pending.append(
             _Pending(
                 batch=batch,
@@ -129,15 +142,21 @@ class TorchExecutor:
         step = build_step(batch, self._context, self._slots.last_token)
         return decoder.forward(decoder.embed(step.token_ids), step, self._context.kv)
 
-    def _sample(self, batch: Batch, hidden: Tensor) -> tuple[Sampled | None, Tensor | None]:
+    def _last_logits(self, batch: Batch, hidden: Tensor) -> Tensor | None:
+        """Logits [S, V] behind the last token of every sampled row."""
         if not len(batch.sample_rows):
-            return None, None
-        device = self._context.device
+            return None
         last = batch.row_starts[batch.sample_rows + 1] - 1
         if len(last) != hidden.shape[0]:
-            hidden = hidden[torch.from_numpy(last).to(device)]
+            hidden = hidden[torch.from_numpy(last).to(hidden.device)]
+        return self._context.decoder.logits(hidden)
+
+    def _sample(self, batch: Batch, logits: Tensor | None) -> tuple[Sampled | None, Tensor | None]:
+        if logits is None:
+            return None, None
+        device = self._context.device
         plan = plan_sampling(batch, self._slots, device)
-        sampled = sample(self._context.decoder.logits(hidden), plan)
+        sampled = sample(logits, plan)
         slots = torch.from_numpy(batch.slots[batch.sample_rows]).to(device)
         penalties = plan.edits.penalties if plan.edits is not None else None
         self._slots.record(slots, sampled.tokens, None if penalties is None else penalties.rows)
