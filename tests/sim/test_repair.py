@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import random
 from dataclasses import replace
 
 import pytest
 
-from plan.longest_path import inputs
 from plan.plans import chain, flat_cluster, stage_plan
+from plan.unlimited import unlimited_s
 from weft.cluster.cluster import Link
 from weft.plan.deadlock import check_deadlock
 from weft.plan.replay import step_time_s
@@ -26,65 +25,6 @@ SHAPES = {
     "skip": [(0, 1), (1, 2), (2, 3), (0, 3)],
     "branches": [(0, 1), (1, 4), (2, 3), (3, 4), (4, 5)],
 }
-
-
-def unlimited_s(plan: TrainPlan) -> float:
-    """Step time when devices hold any number of micro-batches and choose as they go.
-
-    An independent simulator without schedules: a device that is free runs the backward that is
-    ready with the lowest micro-batch, else the forward.
-    """
-    waits = inputs(plan)
-    missing = {}
-    feeds: dict = {}
-    for stage in plan.stages:
-        for device in stage.devices:
-            for m in range(plan.num_micro_batches(stage.index)):
-                for kind in "FB":
-                    key = (device, kind, stage.index, m)
-                    before = dict(waits.get(key, {}))
-                    if kind == "B":
-                        before[device, "F", stage.index, m] = 0.0
-                    missing[key] = len(before)
-                    for source, delay_s in before.items():
-                        feeds.setdefault(source, []).append((key, delay_s))
-    ready = {device: [] for device in plan.used_devices}
-    busy = dict.fromkeys(plan.used_devices, False)
-    events: list = []
-    now = 0.0
-
-    def offer(key: tuple) -> None:
-        ready[key[0]].append((key[1] == "F", key[3], key))
-
-    def dispatch() -> None:
-        for device, options in ready.items():
-            if options and not busy[device]:
-                option = min(options)
-                options.remove(option)
-                key = option[2]
-                stage = plan.stages[key[2]]
-                times = stage.forward_s if key[1] == "F" else stage.backward_s
-                busy[device] = True
-                heapq.heappush(events, (now + times[stage.micro_batch], 0, key))
-
-    for key, count in missing.items():
-        if not count:
-            offer(key)
-    dispatch()
-    while events:
-        now = events[0][0]
-        while events and events[0][0] == now:
-            _, arrival, key = heapq.heappop(events)
-            if arrival:
-                missing[key] -= 1
-                if not missing[key]:
-                    offer(key)
-                continue
-            busy[key[0]] = False
-            for target, delay_s in feeds.get(key, []):
-                heapq.heappush(events, (now + delay_s, 1, target))
-        dispatch()
-    return now
 
 
 def lowered(plan: TrainPlan, index: int) -> TrainPlan:
