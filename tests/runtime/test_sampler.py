@@ -164,7 +164,7 @@ def test_counts_grow_with_what_is_sampled() -> None:
         tokens = sample(logits, plan).tokens
         assert plan.edits is not None
         assert plan.edits.penalties is not None
-        table.record(torch.tensor([0]), tokens, plan.edits.penalties.rows)
+        table.record(torch.tensor([0]), tokens, plan.edits.penalties)
         seen += tokens.tolist()
     assert seen == [0, 1, 0, 1]
     assert table.last_token.tolist() == [1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.runtime.sampling_plan import DrawRows, PenaltyRows, SamplingPlan, ScoreEdits
+from weft.runtime.transfer import upload
 
 _FIRST_SORTED = 128
 """Candidates looked at first for top_p; all are sorted only where these are not enough."""
@@ -33,6 +34,15 @@ class RankedLogprobs:
     """[C, N] likeliest first."""
     top: Tensor
     """[C, N]."""
+
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors by their names here."""
+        return {
+            "chosen": self.chosen,
+            "ranks": self.ranks,
+            "top_ids": self.top_ids,
+            "top": self.top,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +76,7 @@ def sample(logits: Tensor, plan: SamplingPlan) -> Sampled:
     sampled = _checked(best_values, tokens, None)
     if plan.logprob_rows is None:
         return sampled
-    rows = plan.logprob_rows
+    rows = upload(plan.logprob_rows, wide.device)
     logprobs = rank(wide[rows], sampled.tokens[rows], plan.num_top_logprobs)
     return Sampled(tokens=sampled.tokens, is_ok=sampled.is_ok, logprobs=logprobs)
 

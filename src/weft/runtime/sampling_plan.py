@@ -15,6 +15,7 @@ from torch import Tensor
 from weft.engine.batch import Batch
 from weft.engine.sampling import uniforms
 from weft.runtime.slots import SlotTable
+from weft.runtime.transfer import upload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,8 @@ class PenaltyRows:
     """[C] float64, as are the next two."""
     presence: Tensor
     frequency: Tensor
+    pool_rows: Tensor
+    """[C] int64: their rows of the penalty pool."""
     output_counts: Tensor
     """[C, V] int32."""
     in_prompt: Tensor
@@ -78,8 +81,8 @@ class SamplingPlan:
 
     edits: ScoreEdits | None = None
     draws: DrawRows | None = None
-    logprob_rows: Tensor | None = None
-    """[C] int64: rows that want log-probabilities."""
+    logprob_rows: npt.NDArray[np.int64] | None = None
+    """[C] rows that want log-probabilities."""
     num_top_logprobs: int = 0
 
     @property
@@ -102,7 +105,7 @@ def plan_sampling(batch: Batch, slots: SlotTable, device: torch.device) -> Sampl
     return SamplingPlan(
         edits=_edits(batch, picked, positions, slots, device),
         draws=_draws(picked, positions, slots, device),
-        logprob_rows=torch.from_numpy(wants).to(device) if len(wants) else None,
+        logprob_rows=wants if len(wants) else None,
         num_top_logprobs=int(slots.num_logprobs[picked].max(initial=0)),
     )
 
@@ -119,7 +122,7 @@ def _edits(
 ) -> ScoreEdits | None:
     masks = None
     if batch.logits_masks is not None:
-        masks = torch.from_numpy(batch.logits_masks.view(np.int32)).to(device)
+        masks = upload(batch.logits_masks.view(np.int32), device)
     young = positions - slots.num_prompt[picked] < slots.min_tokens[picked]
     banned = [(row, slots.bans[picked[row]]) for row in np.flatnonzero(young).tolist()]
     banned = [(row, tokens) for row, tokens in banned if tokens is not None]
@@ -133,7 +136,7 @@ def _edits(
         masks=masks,
         banned=_pairs(banned, device),
         biased=_pairs([(row, tokens) for row, tokens, _ in biased], device),
-        biases=None if biases is None else torch.from_numpy(biases).to(device),
+        biases=None if biases is None else upload(biases, device),
         penalties=penalties,
     )
 
@@ -144,7 +147,7 @@ def _pairs(edits: list[tuple[int, _Int64]], device: torch.device) -> Tensor | No
         return None
     rows = np.repeat([row for row, _ in edits], [len(tokens) for _, tokens in edits])
     tokens = np.concatenate([tokens for _, tokens in edits])
-    return torch.from_numpy(np.stack((rows.astype(np.int64), tokens))).to(device)
+    return upload(np.stack((rows.astype(np.int64), tokens)), device)
 
 
 def _penalties(
@@ -154,12 +157,13 @@ def _penalties(
     if not len(rows):
         return None
     paying = picked[rows]
-    pool_rows = torch.from_numpy(slots.penalty_row[paying]).to(device)
+    pool_rows = upload(slots.penalty_row[paying], device)
     return PenaltyRows(
-        rows=torch.from_numpy(rows).to(device),
-        repetition=torch.from_numpy(slots.repetition[paying]).to(device),
-        presence=torch.from_numpy(slots.presence[paying]).to(device),
-        frequency=torch.from_numpy(slots.frequency[paying]).to(device),
+        rows=upload(rows, device),
+        repetition=upload(slots.repetition[paying], device),
+        presence=upload(slots.presence[paying], device),
+        frequency=upload(slots.frequency[paying], device),
+        pool_rows=pool_rows,
         output_counts=slots.penalty_pool.output_counts[pool_rows],
         in_prompt=slots.penalty_pool.in_prompt[pool_rows],
     )
@@ -184,13 +188,13 @@ def _draws(
             top_p,
         )
     )
-    on_device = torch.from_numpy(numbers).to(device)
+    on_device = upload(numbers, device)
     return DrawRows(
-        rows=torch.from_numpy(rows).to(device),
+        rows=upload(rows, device),
         uniforms=on_device[0],
         temperature=on_device[1],
         log_min_p=on_device[2],
-        top_k=torch.from_numpy(top_k).to(device),
+        top_k=upload(top_k, device),
         top_p=on_device[3],
         max_top_k=int(top_k.max()),
         has_cuts=has_top_k or has_top_p,

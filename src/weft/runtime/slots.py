@@ -6,6 +6,7 @@ Shape legend: S sampled rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.engine.batch import Int32, SequenceStart
+from weft.runtime.transfer import upload
 
 _NO_LOGPROBS = -1
 
@@ -38,8 +40,8 @@ class PenaltyPool:
         row = self._free.pop()
         counts = np.bincount(output, minlength=self._vocab_size).astype(np.int32)
         marks = np.bincount(prompt, minlength=self._vocab_size) > 0
-        self.output_counts[row] = torch.from_numpy(counts).to(self._device)
-        self.in_prompt[row] = torch.from_numpy(marks).to(self._device)
+        self.output_counts[row] = upload(counts, self._device)
+        self.in_prompt[row] = upload(marks, self._device)
         return row
 
     def give_back(self, row: int) -> None:
@@ -56,6 +58,20 @@ class PenaltyPool:
             (self.in_prompt, self.in_prompt.new_zeros((more, self._vocab_size)))
         )
         self._free.extend(range(have, have + more))
+
+
+class PenalisedRows(Protocol):
+    """The sampled rows whose sequences pay penalties."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[p] int64 rows of the sample."""
+        ...
+
+    @property
+    def pool_rows(self) -> Tensor:
+        """[p] int64 rows of the penalty pool."""
+        ...
 
 
 class SlotTable:
@@ -136,14 +152,11 @@ class SlotTable:
             or bool(params.logit_bias)
         )
 
-    def record(self, slots: Tensor, tokens: Tensor, penalised: Tensor | None) -> None:
-        """Remember what was sampled: tokens [S] int32 of slots [S].
-
-        `penalised` holds the rows [p] of the sample whose slots pay penalties.
-        """
+    def record(self, slots: Tensor, tokens: Tensor, paying: PenalisedRows | None) -> None:
+        """Remember what was sampled: tokens [S] int32 of slots [S]."""
         self.last_token[slots] = tokens
-        if penalised is not None:
-            rows = torch.from_numpy(self.penalty_row).to(slots.device)[slots[penalised]]
-            ones = torch.ones_like(rows, dtype=torch.int32)
-            picked = tokens[penalised].long()
-            self.penalty_pool.output_counts.index_put_((rows, picked), ones, accumulate=True)
+        if paying is not None:
+            picked = tokens[paying.rows].long()
+            ones = torch.ones_like(picked, dtype=torch.int32)
+            counts = self.penalty_pool.output_counts
+            counts.index_put_((paying.pool_rows, picked), ones, accumulate=True)

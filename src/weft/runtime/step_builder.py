@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from weft.base.errors import UnsupportedError
 from weft.engine.batch import UNKNOWN_TOKEN, Batch, SegmentKind
 from weft.model.forward_step import ChunkRow, ForwardStep, GroupStep
 from weft.runtime.device_context import DeviceContext
+from weft.runtime.transfer import upload
 
 _RUNNABLE = (SegmentKind.PREFILL, SegmentKind.DECODE)
 
@@ -45,8 +45,8 @@ def build_step(batch: Batch, context: DeviceContext, last_token: Tensor) -> Forw
     num_decodes = int(np.count_nonzero(batch.kinds == SegmentKind.DECODE))
     groups = tuple(
         GroupStep(
-            page_tables=_upload(table, device),
-            write_slots=_upload(write_slots, device),
+            page_tables=upload(table, device),
+            write_slots=upload(write_slots, device),
             page_tokens=group.page_tokens,
             window=group.window,
         )
@@ -56,8 +56,8 @@ def build_step(batch: Batch, context: DeviceContext, last_token: Tensor) -> Forw
     )
     return ForwardStep(
         token_ids=_known_tokens(batch, last_token),
-        positions=_upload(batch.positions, device),
-        prefix_lens=_upload(batch.prefix_lens, device),
+        positions=upload(batch.positions, device),
+        prefix_lens=upload(batch.prefix_lens, device),
         num_decodes=num_decodes,
         max_decode_context=int(batch.prefix_lens[:num_decodes].max(initial=0)),
         chunks=_chunks(batch, num_decodes),
@@ -65,19 +65,15 @@ def build_step(batch: Batch, context: DeviceContext, last_token: Tensor) -> Forw
     )
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-
 def _known_tokens(batch: Batch, last_token: Tensor) -> Tensor:
-    tokens = _upload(batch.token_ids, last_token.device)
+    tokens = upload(batch.token_ids, last_token.device)
     unknown = batch.token_ids == UNKNOWN_TOKEN
     if not unknown.any():
         return tokens
     where = np.flatnonzero(unknown)
     rows = np.searchsorted(batch.row_starts, where, side="right") - 1
-    slots = _upload(batch.slots[rows], last_token.device)
-    return tokens.index_copy(0, _upload(where, last_token.device), last_token[slots])
+    slots = upload(batch.slots[rows], last_token.device)
+    return tokens.index_copy(0, upload(where, last_token.device), last_token[slots])
 
 
 def _chunks(batch: Batch, num_decodes: int) -> tuple[ChunkRow, ...]:

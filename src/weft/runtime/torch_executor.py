@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,11 +24,13 @@ from weft.engine.batch import (
 )
 from weft.runtime.decode_replay import record_decodes
 from weft.runtime.device_context import DeviceContext
-from weft.runtime.sampler import RankedLogprobs, Sampled, rank, sample
+from weft.runtime.sampler import RankedLogprobs, rank, sample
 from weft.runtime.sampling_plan import plan_sampling
 from weft.runtime.slots import SlotTable
 from weft.runtime.step_builder import build_step, check_batch
+from weft.runtime.transfer import Download, upload
 
+_NOTHING_SAMPLED = {"tokens": np.empty(0, np.int32), "is_ok": np.empty(0, np.bool_)}
 _MAX_PROMPT_LOGITS = 1 << 26
 """Elements of prompt logits held at once; longer chunks are ranked piece by piece."""
 
@@ -36,14 +39,15 @@ _MAX_PROMPT_LOGITS = 1 << 26
 class _PromptRanks:
     row: int
     begin: int
-    ranked: RankedLogprobs
+    ranked: Download
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pending:
-    batch: Batch
-    sampled: Sampled | None
-    logprob_rows: Tensor | None
+    batch_id: int
+    num_samples: int
+    sampled: Download | None
+    logprob_rows: npt.NDArray[np.int64] | None
     prompt_ranks: tuple[_PromptRanks, ...]
     elapsed_s: float
 
@@ -102,7 +106,8 @@ class TorchExecutor:
         sampled, logprob_rows = self._sample(batch, logits)
         self._pending.append(
             _Pending(
-                batch=batch,
+                batch_id=batch.batch_id,
+                num_samples=len(batch.sample_rows),
                 sampled=sampled,
                 logprob_rows=logprob_rows,
                 prompt_ranks=prompt_ranks,
@@ -115,15 +120,13 @@ class TorchExecutor:
             raise IntegrityError("collect() without a submitted batch")
         start_s = time.perf_counter()
         pending = self._pending.popleft()
-        tokens, num_tokens = _host_tokens(pending.sampled)
-        logprobs = _host_logprobs(pending, len(tokens))
-        prompt_logprobs = tuple(_host_prompt_logprobs(ranks) for ranks in pending.prompt_ranks)
+        sampled = pending.sampled.wait() if pending.sampled is not None else _NOTHING_SAMPLED
         return StepResult(
-            batch_id=pending.batch.batch_id,
-            tokens=tokens,
-            num_tokens=num_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            batch_id=pending.batch_id,
+            tokens=sampled["tokens"][:, None],
+            num_tokens=sampled["is_ok"].astype(np.int32),
+            logprobs=_sampled_logprobs(sampled, pending),
+            prompt_logprobs=tuple(_prompt_logprobs(ranks) for ranks in pending.prompt_ranks),
             elapsed_s=pending.elapsed_s + time.perf_counter() - start_s,
         )
 
@@ -133,7 +136,7 @@ class TorchExecutor:
 
     def _move_pages(self, batch: Batch) -> None:
         if len(batch.page_moves):
-            moves = torch.from_numpy(batch.page_moves).to(self._context.device)
+            moves = upload(batch.page_moves, self._context.device)
             self._context.arena[moves[:, 1]] = self._context.arena[moves[:, 0]]
 
     def _forward(self, batch: Batch) -> Tensor:
@@ -148,19 +151,24 @@ class TorchExecutor:
             return None
         last = batch.row_starts[batch.sample_rows + 1] - 1
         if len(last) != hidden.shape[0]:
-            hidden = hidden[torch.from_numpy(last).to(hidden.device)]
+            hidden = hidden[upload(last, hidden.device)]
         return self._context.decoder.logits(hidden)
 
-    def _sample(self, batch: Batch, logits: Tensor | None) -> tuple[Sampled | None, Tensor | None]:
+    def _sample(
+        self, batch: Batch, logits: Tensor | None
+    ) -> tuple[Download | None, npt.NDArray[np.int64] | None]:
         if logits is None:
             return None, None
         device = self._context.device
         plan = plan_sampling(batch, self._slots, device)
         sampled = sample(logits, plan)
-        slots = torch.from_numpy(batch.slots[batch.sample_rows]).to(device)
-        penalties = plan.edits.penalties if plan.edits is not None else None
-        self._slots.record(slots, sampled.tokens, None if penalties is None else penalties.rows)
-        return sampled, plan.logprob_rows
+        slots = upload(batch.slots[batch.sample_rows], device)
+        paying = None if plan.edits is None else plan.edits.penalties
+        self._slots.record(slots, sampled.tokens, paying)
+        found = {"tokens": sampled.tokens, "is_ok": sampled.is_ok}
+        if sampled.logprobs is not None:
+            found |= sampled.logprobs.columns()
+        return Download(found), plan.logprob_rows
 
     def _rank_prompts(self, batch: Batch, hidden: Tensor) -> tuple[_PromptRanks, ...]:
         """Log-probabilities of each asked row's successors within its prompt."""
@@ -173,10 +181,10 @@ class TorchExecutor:
             num = min(end - first, len(prompt) - begin)
             if num <= 0:
                 continue
-            wanted = torch.from_numpy(prompt[begin : begin + num]).to(self._context.device)
+            wanted = upload(prompt[begin : begin + num], self._context.device)
             num_top = max(0, int(self._slots.num_prompt_logprobs[slot]))
             ranked = self._rank_pieces(hidden[first : first + num], wanted, num_top)
-            found.append(_PromptRanks(row=row, begin=begin, ranked=ranked))
+            found.append(_PromptRanks(row=row, begin=begin, ranked=Download(ranked.columns())))
         return tuple(found)
 
     def _rank_pieces(self, hidden: Tensor, wanted: Tensor, num_top: int) -> RankedLogprobs:
@@ -195,37 +203,29 @@ class TorchExecutor:
         )
 
 
-def _host_tokens(sampled: Sampled | None) -> tuple[np.ndarray, np.ndarray]:
-    if sampled is None:
-        return np.empty((0, 1), np.int32), np.empty(0, np.int32)
-    tokens = sampled.tokens.cpu().numpy()[:, None]
-    return tokens, sampled.is_ok.cpu().numpy().astype(np.int32)
-
-
-def _host_logprobs(pending: _Pending, num_rows: int) -> SampledLogprobs | None:
-    ranked = pending.sampled.logprobs if pending.sampled is not None else None
-    if ranked is None or pending.logprob_rows is None:
+def _sampled_logprobs(sampled: dict[str, np.ndarray], pending: _Pending) -> SampledLogprobs | None:
+    rows = pending.logprob_rows
+    if rows is None:
         return None
-    rows = pending.logprob_rows.cpu().numpy()
-    num_top = ranked.top.shape[1]
+    num_rows, num_top = pending.num_samples, sampled["top"].shape[1]
     chosen = np.full((num_rows, 1), np.nan, np.float32)
     ranks = np.zeros((num_rows, 1), np.int32)
     top_ids = np.zeros((num_rows, 1, num_top), np.int32)
     top = np.full((num_rows, 1, num_top), np.nan, np.float32)
-    chosen[rows, 0] = ranked.chosen.cpu().numpy()
-    ranks[rows, 0] = ranked.ranks.cpu().numpy()
-    top_ids[rows, 0] = ranked.top_ids.cpu().numpy()
-    top[rows, 0] = ranked.top.cpu().numpy()
+    chosen[rows, 0] = sampled["chosen"]
+    ranks[rows, 0] = sampled["ranks"]
+    top_ids[rows, 0] = sampled["top_ids"]
+    top[rows, 0] = sampled["top"]
     return SampledLogprobs(chosen=chosen, ranks=ranks, top_ids=top_ids, top=top)
 
 
-def _host_prompt_logprobs(ranks: _PromptRanks) -> PromptLogprobs:
-    ranked = ranks.ranked
+def _prompt_logprobs(ranks: _PromptRanks) -> PromptLogprobs:
+    found = ranks.ranked.wait()
     return PromptLogprobs(
         row=ranks.row,
         begin=ranks.begin,
-        chosen=ranked.chosen.float().cpu().numpy(),
-        ranks=ranked.ranks.int().cpu().numpy(),
-        top_ids=ranked.top_ids.int().cpu().numpy(),
-        top=ranked.top.float().cpu().numpy(),
+        chosen=found["chosen"].astype(np.float32),
+        ranks=found["ranks"].astype(np.int32),
+        top_ids=found["top_ids"].astype(np.int32),
+        top=found["top"].astype(np.float32),
     )
