@@ -80,10 +80,15 @@ class Jittery(SimulatedBatchExecutor):
         return result
 
 
-def profiled(executor_clock: VirtualClock | None = None, max_in_flight: int = 1) -> StepTimeProfile:
-    clock = executor_clock or VirtualClock()
+SWEEP_ONLY = replace(CONFIG, measures_service=False)
+
+
+def profiled(
+    config: ProfileConfig = SWEEP_ONLY, clock: VirtualClock | None = None, max_in_flight: int = 1
+) -> StepTimeProfile:
+    clock = clock or VirtualClock()
     executor = SimulatedBatchExecutor(INFO, Machine(), clock, max_in_flight=max_in_flight)
-    return profile_serving(executor, CONFIG, model="m", dtype="float32", device="test", clock=clock)
+    return profile_serving(executor, config, model="m", dtype="float32", device="t", clock=clock)
 
 
 # ---- batches ----
@@ -225,7 +230,7 @@ def test_the_sweep_recovers_the_machine_that_it_ran_on(max_in_flight: int) -> No
 
 def test_medians_forgive_a_machine_that_is_sometimes_busy() -> None:
     clock = VirtualClock()
-    config = replace(CONFIG, num_rounds=5, measures_host=False)
+    config = replace(CONFIG, num_rounds=5, measures_service=False)
     jittery = Jittery(clock)
     profile = profile_serving(jittery, config, model="m", dtype="d", device="t", clock=clock)
     assert jittery.count % 5 != jittery.count
@@ -243,7 +248,7 @@ def test_a_spent_time_limit_still_ends_the_first_pass() -> None:
     seen: list[float] = []
     profile = profile_serving(
         executor,
-        replace(CONFIG, time_limit_s=0.0),
+        replace(SWEEP_ONLY, time_limit_s=0.0),
         model="m",
         dtype="d",
         device="t",
@@ -255,14 +260,23 @@ def test_a_spent_time_limit_still_ends_the_first_pass() -> None:
     assert seen[-1] == pytest.approx(0.5)
 
 
-def test_the_policy_is_measured_beside_the_device() -> None:
-    profile = profiled(Ticking())
-    assert profile.host_fit is not None
-    decode_rows = {point.shape.num_decode_rows for point in profile.host_points}
-    assert decode_rows >= {1, 4, 16}
-    # Two looks apart: schedule and apply take two microseconds each on this clock, and admitting
-    # requests looks again.
-    assert 1e-6 < profile.host_s(IterationShape(num_decode_rows=4)) < 1e-4
+def test_serving_adds_iterations_as_they_come_and_the_time_of_the_policy() -> None:
+    alone, served = profiled(), profiled(CONFIG, Ticking())
+    assert alone.host_fit is None
+    assert served.host_fit is not None
+    added = served.device_points[len(alone.device_points) :]
+    decode_rows = {point.shape.num_decode_rows for point in served.host_points}
+    assert decode_rows >= set(range(1, 13))
+    assert [p.shape for p in added] == [p.shape for p in served.host_points]
+    machine = Machine()
+    for point in added:
+        assert point.seconds == pytest.approx(machine.device_s(point.shape), rel=0.02)
+    # The policy looks at this clock once for each of schedule and apply, and at admissions.
+    assert 1e-6 < served.host_s(IterationShape(num_decode_rows=4)) < 1e-4
+    # With batches in flight, iterations that follow each other overlap and are not measured.
+    deep = profiled(CONFIG, Ticking(), max_in_flight=2)
+    assert len(deep.device_points) == len(alone.device_points)
+    assert deep.host_points
 
 
 def test_a_profile_simulates_the_machine_that_it_was_made_on() -> None:

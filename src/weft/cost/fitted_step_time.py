@@ -1,10 +1,11 @@
 """An iteration's time from measured points: a piecewise-linear fit, its residuals, its file.
 
 The fit is a sum of terms that can only grow: a constant, monotone piecewise-linear curves in the
-number of tokens and of sampled rows (so a flat, memory-bound start and the steps of a GEMM library
-are both followed), and linear terms in the context that attention reads. Coefficients come from
-non-negative least squares on relative errors, so that a short iteration counts as much as a long
-one. Source of the form: FlexLLM sheet §4.3 (flat while memory-bound, then linear).
+numbers of tokens, of decodes, of prefill tokens and of tokens that decodes read (so that a flat,
+memory-bound start, the steps of a GEMM library and the edges of caches are all followed), and
+linear terms in what else the iteration carries. Coefficients come from non-negative least squares
+on relative errors, so that a short iteration counts as much as a long one. Source of the form:
+FlexLLM sheet §4.3 (flat while memory-bound, then linear).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from weft.cost.step_time import IterationShape
 
 FORMAT = "weft-step-time"
 VERSION = 1
-_LINEAR_TERMS = (
-    "num_decode_rows",
-    "num_prefill_rows",
-    "decode_context_tokens",
-    "prefill_context_tokens",
-    "prefill_pairs",
-)
-_CURVE_TERMS = ("num_tokens", "num_sampled_rows")
+_LINEAR_TERMS = ("num_sampled_rows", "num_prefill_rows", "prefill_context_tokens", "prefill_pairs")
+_CURVE_TERMS = {
+    "num_tokens": 1.9,
+    "num_decode_rows": 1.25,
+    "num_prefill_tokens": 1.4,
+    "decode_context_tokens": 3.0,
+}
+"""Curve -> least ratio of neighbouring knots: a denser one follows more, a coarser one smooths."""
 _USUAL_SPREAD = 0.05
 """Spread of a point on a quiet machine; a point with this much counts half."""
 
@@ -106,8 +107,8 @@ class StepFit:
 def fit_steps(points: Sequence[MeasuredStep]) -> StepFit:
     """Fit the points; needs one or more.
 
-    Knots of the curves are the counts that were measured, thinned so that neighbours differ by a
-    factor of 1.25 or more. Terms that no point exercises get the coefficient 0.
+    Knots of the curves are the counts that were measured, thinned to ratios of 1.25 to 3. Terms
+    that no point exercises get the coefficient 0.
 
     Raises:
         ConfigError: no points, or one whose time is not a positive number.
@@ -122,7 +123,10 @@ def fit_steps(points: Sequence[MeasuredStep]) -> StepFit:
             )
     shapes = [point.shape for point in points]
     seconds = np.array([point.seconds for point in points])
-    knots = {name: _knots([getattr(s, name) for s in shapes]) for name in _CURVE_TERMS}
+    knots = {
+        name: _knots([getattr(s, name) for s in shapes], ratio)
+        for name, ratio in _CURVE_TERMS.items()
+    }
     columns: list[list[float]] = [[1.0] * len(points)]
     for name, positions in knots.items():
         left = 0
@@ -131,10 +135,10 @@ def fit_steps(points: Sequence[MeasuredStep]) -> StepFit:
             columns.append([_ramp(getattr(s, name), left, knot, top) for s in shapes])
             left = knot
     columns += [[float(getattr(s, name)) for s in shapes] for name in _LINEAR_TERMS]
-    # Relative errors: each row divided by what was measured. A point whose repetitions disagree
-    # says less than one whose repetitions agree.
+    # Relative errors: each row divided by what was measured. A point with few repetitions, or with
+    # repetitions that disagree, says less than others.
     matrix = np.array(columns).T / seconds[:, None]
-    trust = np.array([1.0 / (1.0 + point.spread / _USUAL_SPREAD) for point in points])
+    trust = np.array([_trust(point) for point in points])
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     solution = nnls(matrix / scale * trust[:, None], trust, maxiter=100 * matrix.shape[1])[0]
     coefficients = solution / scale
@@ -160,14 +164,18 @@ def fit_steps(points: Sequence[MeasuredStep]) -> StepFit:
     )
 
 
+def _trust(point: MeasuredStep) -> float:
+    return point.num_repeats / (point.num_repeats + 2) / (1.0 + point.spread / _USUAL_SPREAD)
+
+
 def _ramp(count: float, left: int, right: int, top: float) -> float:
     return min(max((count - left) / (right - left), 0.0), top)
 
 
-def _knots(counts: Sequence[int]) -> tuple[int, ...]:
+def _knots(counts: Sequence[float], ratio: float) -> tuple[int, ...]:
     kept: list[int] = []
-    for count in sorted({c for c in counts if c > 0}):
-        if not kept or count >= 1.25 * kept[-1]:
+    for count in sorted({round(c) for c in counts if round(c) > 0}):
+        if not kept or count >= ratio * kept[-1]:
             kept.append(count)
     return tuple(kept)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from weft.base.clock import Clock, VirtualClock, WallClock
+from weft.base.clock import Clock, WallClock
 from weft.base.errors import ConfigError
 from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
 from weft.cost.step_time import IterationShape
@@ -19,11 +19,13 @@ from weft.engine.executor import BatchExecutor
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
 from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, default_sweep
-from weft.sim.batch_executor import SimulatedBatchExecutor, iteration_shape
+from weft.sim.batch_executor import iteration_shape
 from weft.sim.serving_setup import profile_settings
 
 Progress = Callable[[str, float], None]
 """Called with what is being measured and the share that is done."""
+_LONGEST_SERVED = 1024
+"""Tokens of prompt and output together, at most, of the requests that are served to measure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,8 @@ class ProfileConfig:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     points: tuple[tuple[Row, ...], ...] | None = None
     """Iterations to measure; None takes `default_sweep`."""
-    measures_host: bool = True
+    measures_service: bool = True
+    """Also serve a few requests: times the policy, and iterations as they follow each other."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens", "num_rounds", "num_repeats"):
@@ -67,8 +70,10 @@ def profile_serving(
 ) -> StepTimeProfile:
     """Sweep an executor that serves nobody else, fit the medians, and describe the executor.
 
-    Overwrites the executor's pages. With several batches in flight the time between results is
-    measured, so that what a device overlaps is not counted twice.
+    Iterations are measured in two ways: each alone, over the whole range, and as they follow each
+    other while the production policy serves, where caches are cold and contexts ragged. Overwrites
+    the executor's pages. With several batches in flight the time between results is measured, so
+    that what a device overlaps is not counted twice.
 
     Raises:
         ConfigError: none of the points fits the executor.
@@ -92,7 +97,12 @@ def profile_serving(
         executor.submit(batch)
         executor.collect()
     device_points = _measure_device(executor, batches, points, config, clock, progress)
-    host_points = _measure_host(info, config, clock) if config.measures_host else []
+    host_points: list[MeasuredStep] = []
+    if config.measures_service and config.max_model_len > 1:
+        steps = _serve(executor, config, clock)
+        host_points = _grouped([(step.shape, step.host_s) for step in steps])
+        if executor.max_in_flight == 1:
+            device_points += _grouped([(step.shape, step.device_s) for step in steps])
     return StepTimeProfile.fitted(
         model=model,
         dtype=dtype,
@@ -160,52 +170,66 @@ def _step(shape: IterationShape, seconds: Sequence[float]) -> MeasuredStep:
     )
 
 
-class _NoTime:
-    """A device that takes no time, so that what remains is the policy."""
-
-    def device_s(self, shape: IterationShape) -> float:
-        return 0.0
-
-    def host_s(self, shape: IterationShape) -> float:
-        return 0.0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ServedStep:
+    shape: IterationShape
+    device_s: float
+    host_s: float
+    """schedule() and apply()."""
 
 
-def _measure_host(info: ExecutorInfo, config: ProfileConfig, clock: Clock) -> list[MeasuredStep]:
-    """Time schedule() and apply() of the production policy at several numbers of sequences."""
-    found: dict[tuple[int, int, int], list[float]] = defaultdict(list)
-    shapes: dict[tuple[int, int, int], IterationShape] = {}
-    num_seqs = 1
-    while num_seqs <= info.max_num_seqs:
-        for shape, seconds in _policy_steps(info, config, clock, num_seqs):
-            key = (shape.num_decode_rows, shape.num_prefill_rows, shape.num_prefill_tokens)
-            shapes.setdefault(key, shape)
-            found[key].append(seconds)
-        num_seqs *= 4
-    steps = [_step(shapes[key], seconds) for key, seconds in found.items()]
-    return [step for step in steps if step.seconds > 0]
-
-
-def _policy_steps(
-    info: ExecutorInfo, config: ProfileConfig, clock: Clock, num_seqs: int
-) -> list[tuple[IterationShape, float]]:
-    """Serve `num_seqs` requests on a device that takes no time."""
-    policy_config = PolicyConfig(
-        max_model_len=config.max_model_len, max_num_batched_tokens=config.max_num_batched_tokens
+def _serve(executor: BatchExecutor, config: ProfileConfig, clock: Clock) -> list[_ServedStep]:
+    """Serve waves of 1, 4, 16, ... requests of mixed lengths, one iteration after another."""
+    # A sequence that the sweep left in a slot gives way when the policy starts another there.
+    policy = ContinuousBatching(
+        PolicyConfig(
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        ),
+        executor.info,
+        clock,
     )
-    policy = ContinuousBatching(policy_config, info, clock)
-    executor = SimulatedBatchExecutor(info, _NoTime(), VirtualClock())
-    num_prompt = max(1, min(200, config.max_model_len // 2))
-    num_output = max(1, min(64, config.max_model_len - num_prompt))
+    longest = max(1, min(config.max_model_len, _LONGEST_SERVED) // 2)
     generator = np.random.default_rng(0)
-    for number in range(num_seqs):
-        policy.add(
-            Request(
-                id=str(number),
-                prompt_token_ids=tuple(generator.integers(0, info.vocab_size, num_prompt).tolist()),
-                sampling=SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True),
+    steps: list[_ServedStep] = []
+    num_requests = 1
+    while num_requests < 4 * executor.info.max_num_seqs:
+        # The last wave fills every slot, and a few requests wait.
+        for number in range(num_requests):
+            num_prompt = int(generator.integers(max(1, longest // 8), longest + 1))
+            num_output = min(int(generator.integers(8, 33)), config.max_model_len - num_prompt)
+            policy.add(
+                _request(
+                    f"{num_requests}-{number}",
+                    num_prompt,
+                    num_output,
+                    generator,
+                    executor.info,
+                    config,
+                )
             )
-        )
-    steps: list[tuple[IterationShape, float]] = []
+        steps += _run(policy, executor, clock)
+        num_requests *= 4
+    return steps
+
+
+def _request(
+    name: str,
+    num_prompt: int,
+    num_output: int,
+    generator: np.random.Generator,
+    info: ExecutorInfo,
+    config: ProfileConfig,
+) -> Request:
+    return Request(
+        id=name,
+        prompt_token_ids=tuple(generator.integers(0, info.vocab_size, num_prompt).tolist()),
+        sampling=replace(config.sampling, max_tokens=num_output, ignore_eos=True),
+    )
+
+
+def _run(policy: ContinuousBatching, executor: BatchExecutor, clock: Clock) -> list[_ServedStep]:
+    steps: list[_ServedStep] = []
     while policy.has_work:
         start_s = clock.now_s()
         batch = policy.schedule()
@@ -216,6 +240,31 @@ def _policy_steps(
         result = executor.collect()
         collected_s = clock.now_s()
         policy.apply(result)
-        seconds = scheduled_s - start_s + clock.now_s() - collected_s
-        steps.append((iteration_shape(batch, info), seconds))
+        end_s = clock.now_s()
+        steps.append(
+            _ServedStep(
+                shape=iteration_shape(batch, executor.info),
+                device_s=collected_s - scheduled_s,
+                host_s=scheduled_s - start_s + end_s - collected_s,
+            )
+        )
     return steps
+
+
+def _grouped(steps: Sequence[tuple[IterationShape, float]]) -> list[MeasuredStep]:
+    """One point for the iterations that carry about the same, as they grow token by token.
+
+    Iterations without a prefill are grouped by their number of decodes; others stay alone. A
+    group's shape is its middle one, by context.
+    """
+    groups: dict[tuple[int, int], list[tuple[IterationShape, float]]] = defaultdict(list)
+    for index, (shape, seconds) in enumerate(steps):
+        if seconds > 0:
+            key = (shape.num_decode_rows, index if shape.num_prefill_rows else -1)
+            groups[key].append((shape, seconds))
+    points: list[MeasuredStep] = []
+    for members in groups.values():
+        members.sort(key=lambda member: member[0].decode_context_tokens)
+        shape = members[len(members) // 2][0]
+        points.append(_step(shape, [seconds for _, seconds in members]))
+    return points
