@@ -186,3 +186,14 @@ def test_unknown_options_end_with_usage(capsys: pytest.CaptureFixture[str]) -> N
     assert run("--nope") == 2
     assert "--nope" in capsys.readouterr().err
     assert run("--help") == 0
+
+
+def test_the_guides_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "simulate-serving.md"
+    code = guide.read_text().split("```python\n")[1].split("```")[0]
+    Path(azure(tmp_path)).rename(tmp_path / "trace.csv")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["32", "64", "128"]
