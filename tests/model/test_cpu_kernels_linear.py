@@ -179,6 +179,30 @@ def test_failure_to_start_falls_back_with_one_warning(
         native_kernels.cache_clear()
 
 
+def test_without_torch_s_runtime_one_thread_runs_native_and_more_run_torch(
+    monkeypatch: pytest.MonkeyPatch, native: NativeKernels
+) -> None:
+    monkeypatch.setattr(cpu_team, "_openmp_entry_points", dict)
+    num_threads = torch.get_num_threads()
+    weight, x = (_draw(n, 64, dtype=torch.float32, seed=n) for n in (24, 3))
+    shared = torch.empty(3, 24)
+    cpu_linear.run_gemm(native, x, weight, shared)
+    try:
+        torch.set_num_threads(2)
+        native_kernels.cache_clear()
+        assert native_kernels() is None
+        torch.set_num_threads(1)
+        native_kernels.cache_clear()
+        alone = native_kernels()
+        assert alone is not None
+        y = torch.empty(3, 24)
+        cpu_linear.run_gemm(alone, x, weight, y)
+        assert torch.equal(y, shared)
+    finally:
+        torch.set_num_threads(num_threads)
+        native_kernels.cache_clear()
+
+
 def test_the_runtime_beside_torch_is_found_first() -> None:
     maps = (
         "7f00-7f01 r-xp 00000000 08:01 12 /usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0\n"

@@ -310,7 +310,10 @@ def native_kernels() -> NativeKernels | None:
         isa = Isa.detect()
         if isa.lanes < 8:
             raise KernelsUnavailableError("the processor has neither AVX2 nor AVX-512")
-        return NativeKernels(Team(_openmp_entry_points()), isa)
+        openmp = _openmp_entry_points()
+        if not openmp and torch.get_num_threads() > 1:
+            raise KernelsUnavailableError("torch's OpenMP runtime was not found to share threads")
+        return NativeKernels(Team(openmp), isa)
     except (OSError, RuntimeError, ValueError) as error:
         _log.warning("native CPU kernels are off (%s); plain torch runs instead", error)
         return None
