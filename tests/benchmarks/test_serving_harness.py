@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))  # Last: tests have a `plan` of their own.
 
 from bench_models import RAND110, BenchModel  # noqa: E402
 from peers.client import Worker, WorkerError  # noqa: E402
+from peers.contention import CpuReading, num_cores_of_others, read_cpu  # noqa: E402
 from peers.roster import ENGINES, find_interpreter  # noqa: E402
 from rows import Row, compare  # noqa: E402
 from serve_rows import Measured, model_rows, target_ratio  # noqa: E402
@@ -36,6 +37,8 @@ class Fake:
             sys.exit(3)
         if prompts[0][0] == 15:
             time.sleep(60)
+        while prompts[0][0] == 17 and time.process_time() < 0.5:
+            pass
         short = prompts[0][0] == 16
         return [[sum(p)] * (n - short) for p, n in zip(prompts, num_new_tokens)]
 
@@ -89,6 +92,25 @@ def test_what_goes_wrong_in_a_worker_is_an_error_here(
     worker.load({"version": "7"})
     with pytest.raises(WorkerError, match=message):
         worker.generate([[first_token]], [2], timeout_s=1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_work_of_others_is_seen_and_own_work_is_not(worker: Worker) -> None:
+    worker.load({"version": "7"})
+    before = read_cpu(worker.session)
+    worker.generate([[17]], [1])
+    after = read_cpu(worker.session)
+    assert before is not None
+    assert after is not None
+    assert after.session_s - before.session_s >= 0.2
+    assert after.busy_s - before.busy_s >= 0.2
+
+    def reading(wall_s: float, busy_s: float, session_s: float) -> CpuReading:
+        return CpuReading(wall_s=wall_s, busy_s=busy_s, session_s=session_s)
+
+    quiet = num_cores_of_others(reading(0, 10, 1), reading(2, 14, 5))
+    disturbed = num_cores_of_others(reading(0, 10, 1), reading(2, 14, 2))
+    assert (quiet, disturbed) == (0.0, 1.5)
 
 
 def test_ratios_above_one_are_in_our_favour() -> None:
