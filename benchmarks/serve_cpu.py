@@ -22,6 +22,7 @@ from pathlib import Path
 from agreement import Agreement, check_agreement
 from bench_models import BenchModel, open_model
 from peers.client import Worker, WorkerError
+from peers.contention import num_cores_of_others, read_cpu
 from peers.roster import (
     ENGINES,
     MACHINE_ENGINE,
@@ -216,6 +217,7 @@ class Sitting:
         if entrant not in self.entrants:
             return
         values: list[float] = []
+        before = read_cpu(entrant.worker.session)
         try:
             for repeat in range(workload.num_repeats):
                 prompts, counts = draw_prompts(workload, self.model.config, round_index, repeat)
@@ -228,10 +230,16 @@ class Sitting:
             entrant.worker.close()
             self.entrants.remove(entrant)
             return
+        after = read_cpu(entrant.worker.session)
+        others = num_cores_of_others(before, after) if before and after else 0.0
+        self.measured.cores_of_others.append(others)
         value = statistics.median(values)
         key = (entrant.engine.name, entrant.dtype, workload.name)
         self.measured.values[key][round_index] = value
-        log(f"{self.model.name} round {round_index} {workload.name}: {entrant.name} {value:.4g}")
+        log(
+            f"{self.model.name} round {round_index} {workload.name}: {entrant.name} {value:.4g} "
+            f"(others used {others:.2f} cores)"
+        )
 
     def _measure_machine(self, round_index: int) -> None:
         if self._machine is None:

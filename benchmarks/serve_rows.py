@@ -28,10 +28,14 @@ class Measured:
     read_bytes_per_s: Rounds = field(default_factory=dict)
     gemm_flop_per_s: dict[str, Rounds] = field(default_factory=lambda: defaultdict(dict))
 
+    cores_of_others: list[float] = field(default_factory=list)
+    """For each measurement, the mean number of cores that other programs kept busy."""
+
     def as_plain(self) -> dict[str, object]:
         """For the JSON file."""
         return {
             "values": {" | ".join(key): list(r.values()) for key, r in self.values.items()},
+            "cores_of_others": self.cores_of_others,
             "read_bytes_per_s": list(self.read_bytes_per_s.values()),
             "gemm_flop_per_s": {k: list(r.values()) for k, r in self.gemm_flop_per_s.items()},
         }
@@ -53,6 +57,10 @@ def print_figures(measured: Measured, *, title: str) -> None:
         table.add_row(f"{engine} {dtype}", *cells)
     wide_console().print(table)
     print("tokens/s for batches, ms for ttft and prefill: median [lowest, highest round]")
+    if measured.cores_of_others:
+        others = statistics.median(measured.cores_of_others)
+        most = max(measured.cores_of_others)
+        print(f"other programs kept {others:.2f} cores busy in the median, {most:.2f} at most")
 
 
 def _spread(values: Sequence[float], scale: float) -> str:

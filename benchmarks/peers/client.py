@@ -79,6 +79,11 @@ class Worker:
             raise WorkerError(f"asked for {list(num_new_tokens)} tokens a row, got {lengths}")
         return Generation(wall_s=answer["wall_s"], tokens=answer["tokens"])
 
+    @property
+    def session(self) -> int:
+        """The session that holds the worker and its children."""
+        return self._process.pid
+
     def call(self, op: str, **arguments: Any) -> Any:
         """Any other method of the worker's class."""
         return self.ask({"op": op, "arguments": arguments}, timeout_s=120.0)["result"]
