@@ -20,6 +20,8 @@ from weft.sim.workload import Workload
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+_LONGEST = 2**31 - 1
+"""Tokens; positions are 32-bit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,7 @@ class ServingSetup:
             "max_in_flight": self.max_in_flight,
             "num_pages": self.info.num_pages,
             "page_bytes": self.info.page_bytes,
-            "kv_cache_tokens": _capacity_tokens(self.info),
+            "kv_cache_tokens": _capacity_tokens(self.info, self.config.max_num_batched_tokens),
         }
 
 
@@ -189,21 +191,22 @@ def _resolved(
     settings: Mapping[str, Any],
     origin: Mapping[str, Any],
 ) -> ServingSetup:
+    budget = _chosen(
+        limits.max_num_batched_tokens,
+        settings.get("max_num_batched_tokens"),
+        DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        "max_num_batched_tokens",
+    )
     max_len = limits.max_model_len
     if max_len is None:
-        max_len = min(model_len, _capacity_tokens(info))
+        max_len = max(1, min(model_len, _capacity_tokens(info, budget)))
     elif max_len > model_len:
         raise ConfigError(
             f"max_model_len is {max_len}; the model's context holds {model_len} tokens"
         )
     config = PolicyConfig(
         max_model_len=max_len,
-        max_num_batched_tokens=_chosen(
-            limits.max_num_batched_tokens,
-            settings.get("max_num_batched_tokens"),
-            DEFAULT_MAX_NUM_BATCHED_TOKENS,
-            "max_num_batched_tokens",
-        ),
+        max_num_batched_tokens=budget,
         enable_prefix_caching=limits.enable_prefix_caching,
     )
     return ServingSetup(
@@ -224,10 +227,23 @@ def _chosen(asked: int | None, measured: int | None, default: int, name: str) ->
     return value
 
 
-def _capacity_tokens(info: ExecutorInfo) -> int:
-    """Tokens of one sequence that the pages hold; windowed groups hold any length."""
-    per_token = sum(1 / group.page_tokens for group in info.groups if group.window is None)
-    return int((info.num_pages - 1) / per_token) if per_token else 2**31 - 1
+def _capacity_tokens(info: ExecutorInfo, chunk: int) -> int:
+    """Tokens of the longest sequence that the pages hold, computed `chunk` tokens at a time."""
+
+    def num_pages(num_tokens: int) -> int:
+        total = 0
+        for group in info.groups:
+            held = num_tokens
+            if group.window is not None:
+                held = min(held, group.window + chunk + group.page_tokens)
+            total += -(-held // group.page_tokens)
+        return total
+
+    low, high = 0, _LONGEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if num_pages(middle) < info.num_pages else (low, middle - 1)
+    return low
 
 
 def _info_from(data: Mapping[str, Any]) -> ExecutorInfo:
