@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # Last: tests have a `plan` of their own.
+sys.path.insert(0, str(BENCHMARKS))
 
 from bench_models import RAND110, BenchModel  # noqa: E402
 from peers.client import Worker, WorkerError  # noqa: E402
@@ -20,6 +20,8 @@ from peers.roster import ENGINES, find_interpreter  # noqa: E402
 from rows import Row, compare  # noqa: E402
 from serve_rows import Measured, model_rows, target_ratio  # noqa: E402
 from workloads import Kind, draw_prompts, standard_workloads  # noqa: E402
+
+sys.path.remove(str(BENCHMARKS))  # Other tests have a `plan` of their own.
 
 FAKE_WORKER = """
 import sys, time
