@@ -60,7 +60,7 @@ class Client:
 
     def panel(self) -> Panel:
         """The end of prompt and answer."""
-        shown = Text(self.prompt, style="dim") + Text(self.error or self.text)
+        shown = Text().append(self.prompt, style="dim").append(self.error or self.text)
         lines = shown.split("\n", allow_blank=True)[-PREVIEW_LINES:]
         body = Text("\n").join(lines)
         body.no_wrap = True
