@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import chain
 
+import msgspec
 import numpy as np
 
 from weft.engine.batch import (
@@ -22,9 +23,11 @@ from weft.engine.kv_cache import KvCache
 from weft.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """Tokens [begin, begin + count) of a sequence, scheduled into one batch."""
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens [begin, begin + count) of a sequence, scheduled into one batch.
+
+    A msgspec struct, not a dataclass: hundreds are made in every iteration, several times as fast.
+    """
 
     sequence: Sequence
     begin: int
@@ -101,14 +104,22 @@ def build_batch(
         prefix_lens=positions + np.int32(1),
         page_tables=tuple(tables),
         write_slots=tuple(write_slots),
-        sample_rows=np.array([r for r, span in enumerate(spans) if span.samples], np.int32),
-        prompt_logprob_rows=np.array(
-            [r for r, span in enumerate(spans) if _reports_prompt(span)], np.int32
-        ),
+        sample_rows=_rows_where(spans, num_decodes, lambda span: span.samples, decodes=True),
+        # What remains of a prompt as one token is its last, and that reports nothing.
+        prompt_logprob_rows=_rows_where(spans, num_decodes, _reports_prompt, decodes=False),
         adapter_refs=adapter_refs,
         starts=tuple(starts),
         freed_slots=np.array(freed_slots, np.int32),
     )
+
+
+def _rows_where(
+    spans: Seq[Span], num_decodes: int, test: Callable[[Span], bool], *, decodes: bool
+) -> Int32:
+    """Rows that pass a test; `decodes` says what is known of all decode rows without asking."""
+    first = range(num_decodes) if decodes else ()
+    rest = (row for row in range(num_decodes, len(spans)) if test(spans[row]))
+    return np.array([*first, *rest], np.int32)
 
 
 def _reports_prompt(span: Span) -> bool:

@@ -187,7 +187,7 @@ class ContinuousBatching:
         sequence.last_batch = self._num_batches
 
     def _schedule_chunks(self, spans: list[Span], budget: int) -> int:
-        index = 0
+        index = len(self._running) if len(spans) == len(self._running) else 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
             index += 1
@@ -334,8 +334,8 @@ class ContinuousBatching:
         self._updates = []
         self._take_prompt_logprobs(flight, result)
         counts = result.num_tokens.tolist()
-        # One token a row is the common case; nested lists serve it and trees alike.
         tokens = result.tokens.tolist()
+        block = self.kv.block_tokens
         sample = 0
         for span in flight.spans:
             sequence = span.sequence
@@ -343,12 +343,11 @@ class ContinuousBatching:
             if is_current:
                 sequence.num_confirmed = span.begin + span.count
             if span.samples:
-                count = counts[sample]
                 sequence.num_pending -= 1
                 if sequence.state is not SequenceState.FINISHED:
-                    self._take_tokens(sequence, tokens[sample][:count], result, sample)
+                    self._take_tokens(sequence, tokens[sample][: counts[sample]], result, sample)
                 sample += 1
-            if is_current and sequence.slot >= 0:
+            if is_current and sequence.num_confirmed - sequence.num_registered >= block:
                 self._register(sequence)
         return self._updates
 
@@ -363,21 +362,9 @@ class ContinuousBatching:
         if len(sequence.tokens) >= sequence.max_len:
             self._end(sequence, (), (), FinishReason.LENGTH)  # max_tokens is 0.
             return
-        reason: FinishReason | None = None
-        kept: list[int] = []
-        for token in tokens:
-            kept.append(token)
-            sequence.tokens.append(token)
-            if token in sequence.stop_ids and (
-                sequence.num_output >= sequence.request.sampling.min_tokens
-            ):
-                reason = FinishReason.STOP
-                break
-            if len(sequence.tokens) >= sequence.max_len:
-                reason = FinishReason.LENGTH
-                break
+        kept, reason = self._append(sequence, tokens)
         self._counters["num_generated_tokens"] += len(kept)
-        logprobs = token_logprobs(sequence, result, sample, kept)
+        logprobs = () if result.logprobs is None else token_logprobs(sequence, result, sample, kept)
         if reason is None:
             self._updates.append(
                 SequenceUpdate(
@@ -391,6 +378,20 @@ class ContinuousBatching:
             )
         else:
             self._end(sequence, tuple(kept), logprobs, reason)
+
+    def _append(
+        self, sequence: Sequence, tokens: list[int]
+    ) -> tuple[list[int], FinishReason | None]:
+        """Add tokens up to the first that ends the sequence; returns those and why it ended."""
+        for index, token in enumerate(tokens):
+            sequence.tokens.append(token)
+            if token in sequence.stop_ids and (
+                sequence.num_output >= sequence.request.sampling.min_tokens
+            ):
+                return tokens[: index + 1], FinishReason.STOP
+            if len(sequence.tokens) >= sequence.max_len:
+                return tokens[: index + 1], FinishReason.LENGTH
+        return tokens, None
 
     def _take_prompt_logprobs(self, flight: _InFlight, result: StepResult) -> None:
         for report in result.prompt_logprobs:
@@ -411,7 +412,7 @@ class ContinuousBatching:
 
     def _register(self, sequence: Sequence) -> None:
         """Make pages that are full of computed, known tokens findable."""
-        if not self.config.enable_prefix_caching:
+        if sequence.slot < 0 or not self.config.enable_prefix_caching:
             return
         block = self.kv.block_tokens
         end = min(sequence.num_confirmed, len(sequence.tokens)) // block * block
@@ -451,7 +452,7 @@ class ContinuousBatching:
                 first_scheduled_s=sequence.first_scheduled_s,
             )
         )
-        if sequence.slot >= 0 and reason is not FinishReason.ERROR:
+        if reason is not FinishReason.ERROR:
             self._register(sequence)
         self._finish(sequence, reason)
 
