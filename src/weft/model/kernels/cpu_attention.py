@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -115,6 +116,8 @@ def attention_call(
     [W, 4] of `WORK_FIELDS`.
     """
     items = context_lens if work is None else work
+    if work is None:
+        spec = replace(spec, fetch=True)
     num_blocks = 0 if items is None else items.shape[0]
     words = (
         query.data_ptr(),

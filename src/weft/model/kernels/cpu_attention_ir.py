@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft.model.kernels.cpu_gemm import reduce_tree
-from weft.model.kernels.cpu_ir import F32, I64, Builder, Storage, Val, Var, vector
+from weft.model.kernels.cpu_ir import BF16, F32, I64, Builder, Storage, Val, Var, vector
 
 ATTENTION_ARGS = (
     "q",
@@ -42,16 +42,22 @@ _LOWEST = -3.0e38
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """One variant of the kernel."""
+    """One variant of the kernel.
+
+    `fetch` asks for keys and values ahead: pages lie apart, so the processor's own prefetcher does
+    not cross from one to the next. It pays where each is used once (decodes), not in prompts.
+    """
 
     storage: Storage
     head_dim: int
     group: int
+    fetch: bool
 
     @property
     def name(self) -> str:
         """A C identifier."""
-        return f"attention_{self.storage}_d{self.head_dim}_g{self.group}"
+        suffix = "_fetch" if self.fetch else ""
+        return f"attention_{self.storage}_d{self.head_dim}_g{self.group}{suffix}"
 
     @property
     def num_tiles(self) -> int:
@@ -82,7 +88,7 @@ class _Item:
     total: Val  # scratch [rows, G]
     weighted: Val  # scratch [rows, G, D]
     weights: Val  # scratch [tiles, lanes], the current stretch's scores, then weights
-    offsets: Val  # scratch int64 [tiles], where the tiles of the stretch lie in the arena
+    offsets: Val  # scratch int64 [2, tiles], where this and the next stretch's tiles lie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +120,7 @@ def emit_attention(
         "total": k.scratch(F32, num_states),
         "weighted": k.scratch(F32, num_states * spec.head_dim),
         "weights": k.scratch(F32, spec.num_tiles * k.isa.lanes),
-        "offsets": k.scratch(I64, spec.num_tiles),
+        "offsets": k.scratch(I64, 2 * spec.num_tiles),
     }
     num_items = args["num_blocks"] * args["num_kv_heads"]
     has_work = k.at(args_at, ATTENTION_ARGS.index("work"), I64) > 0
@@ -154,7 +160,9 @@ def _emit_item(k: Builder, spec: AttentionSpec, it: _Item) -> None:
     last = it.context_len + it.num_rows - 1
     size = spec.num_tiles * lanes
     with k.range(first // size * size, last, size) as start:
-        _find_tiles(k, spec, it, start, first, last)
+        _find_tiles(k, spec, it, start, first, last, 0)
+        if spec.fetch:
+            _find_tiles(k, spec, it, start + size, first, last, spec.num_tiles)
         with k.range(0, it.num_rows) as row:
             stop = it.context_len + row
             begin = k.maximum(stop - it.args["window"], k.const(0))
@@ -175,17 +183,18 @@ def _emit_item(k: Builder, spec: AttentionSpec, it: _Item) -> None:
 
 
 def _find_tiles(
-    k: Builder, spec: AttentionSpec, it: _Item, start: Val, first: Val, last: Val
+    k: Builder, spec: AttentionSpec, it: _Item, start: Val, first: Val, last: Val, index: int
 ) -> None:
-    """Look up where the stretch's tiles lie; those beyond the sequence are left as they are."""
+    """Look up where a stretch's tiles lie, from `offsets[index]` on; 0 beyond the sequence."""
     lanes, page_tokens = k.isa.lanes, it.args["page_tokens"]
     for tile in range(spec.num_tiles):
         token = start + tile * lanes
+        k.put(it.offsets, index + tile, k.const(0))
         with k.when((token < last) & (first < token + lanes)):
             slot = it.table_row * it.args["table_stride"] + token // page_tokens
             page = k.index_at(it.args["page_table"], slot)
             inside = (it.head * page_tokens + token % page_tokens) * spec.head_dim
-            k.put(it.offsets, tile, page * it.args["page_stride"] + inside)
+            k.put(it.offsets, index + tile, page * it.args["page_stride"] + inside)
 
 
 def _emit_stretch(
@@ -224,21 +233,32 @@ def _emit_scores(
     q_at = (it.first_row + row) * it.args["q_stride"] + (it.head * spec.group + g) * d
     scale = k.splat(it.args["scale"], lanes)
     query = k.offset(it.args["q"], q_at, spec.storage)
-    q = [k.load(query, at, spec.storage, lanes) * scale for at in range(0, d, lanes)]
+    use_dot = k.isa.has_bf16_dot and spec.storage is Storage.BFLOAT16 and d % (2 * lanes) == 0
+    step = 2 * lanes if use_dot else lanes
+
+    def load(base: Val, at: int) -> Val:
+        if use_dot:
+            return k.load_raw(base, at, BF16, step)
+        return k.load(base, at, spec.storage, step)
+
+    q = [load(query, at) for at in range(0, d, step)]
     begin = k.splat(k.to_i32(stretch.begin), lanes)
     stop = k.splat(k.to_i32(stretch.stop), lanes)
     with k.range(stretch.first_tile, stretch.last_tile) as tile:
-        keys = k.offset(it.args["keys"], k.at(it.offsets, tile, I64), spec.storage)
+        keys = _tile_at(k, spec, it, "keys", tile)
+        values = _tile_at(k, spec, it, "values", tile)
         dots = []
         for token in range(lanes):
             dot = k.zeros(lanes)
             for i, part in enumerate(q):
-                at = token * d + i * lanes
-                dot = k.fma(part, k.load(keys, at, spec.storage, lanes), dot)
+                at = token * d + i * step
+                _fetch_line(k, spec, values, at)
+                key = load(keys, at)
+                dot = k.bf16_dot(dot, part, key) if use_dot else k.fma(part, key, dot)
             dots.append(dot)
         tokens = k.iota(lanes) + k.splat(k.to_i32(tile * lanes), lanes)
         is_visible = (tokens >= begin) & (tokens < stop)
-        scores = reduce_tree(k, dots)
+        scores = reduce_tree(k, dots) * scale
         scores = k.select(is_visible, scores, k.const(_LOWEST, scores.type))
         k.store(it.weights, tile * lanes, scores, Storage.FLOAT32)
 
@@ -256,18 +276,19 @@ def _add_values(k: Builder, spec: AttentionSpec, it: _Item, stretch: _Stretch, s
         [k.var(k.zeros(lanes)) for _ in range(num_parts)],
     ]
     with k.range(stretch.first_tile, stretch.last_tile) as tile:
-        values = k.offset(it.args["values"], k.at(it.offsets, tile, I64), spec.storage)
+        values = _tile_at(k, spec, it, "values", tile)
+        next_keys = _tile_at(k, spec, it, "keys", tile + spec.num_tiles if spec.fetch else tile)
         weights = k.offset(it.weights, tile * lanes, Storage.FLOAT32)
         lowest = k.maximum(stretch.begin - tile * lanes, k.const(0))
         highest = k.minimum(stretch.stop - tile * lanes, k.const(lanes)) - 1
         is_whole = (lowest < 1) & (highest >= lanes - 1)
         with k.when(is_whole):
-            _add_tile(k, spec, chains, weights, [values] * lanes, range(lanes))
+            _add_tile(k, spec, chains, weights, [values] * lanes, range(lanes), next_keys)
         with k.otherwise(is_whole):
             # Slots out of sight may hold anything, NaN too: read one in sight and weigh it 0.
             seen = [k.minimum(k.maximum(k.const(token), lowest), highest) for token in range(lanes)]
             rows = [k.offset(values, token * d, spec.storage) for token in seen]
-            _add_tile(k, spec, chains, weights, rows, [0] * lanes)
+            _add_tile(k, spec, chains, weights, rows, [0] * lanes, next_keys)
     for i in range(num_parts):
         value = chains[0][i].get() + chains[1][i].get()
         k.store(weighted, i * lanes, value, Storage.FLOAT32)
@@ -280,13 +301,25 @@ def _add_tile(
     weights: Val,
     rows: list[Val],
     offsets: range | list[int],
+    next_keys: Val,
 ) -> None:
     lanes, d = k.isa.lanes, spec.head_dim
     for token, (values, offset) in enumerate(zip(rows, offsets, strict=True)):
         weight = k.splat(k.at(weights, token, F32), lanes)
         for i, chain in enumerate(chains[token % 2]):
+            _fetch_line(k, spec, next_keys, token * d + i * lanes)
             part = k.load(values, offset * d + i * lanes, spec.storage, lanes)
             chain.set(k.fma(weight, part, chain.get()))
+
+
+def _tile_at(k: Builder, spec: AttentionSpec, it: _Item, which: str, tile: Val) -> Val:
+    return k.offset(it.args[which], k.at(it.offsets, tile, I64), spec.storage)
+
+
+def _fetch_line(k: Builder, spec: AttentionSpec, base: Val, at: int) -> None:
+    """Ask for the cache line that starts at `base[at]`, if one does."""
+    if spec.fetch and at * spec.storage.num_bytes % 64 == 0:
+        k.prefetch(base, k.const(at), spec.storage)
 
 
 def _store_row(k: Builder, spec: AttentionSpec, it: _Item, row: Val, g: Val) -> None:

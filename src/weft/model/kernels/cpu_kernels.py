@@ -34,8 +34,9 @@ class CpuKernels:
         if self._native is not None and shape.head_dim % self._native.isa.lanes == 0:
             group = shape.num_heads // shape.num_kv_heads
             for storage in Storage:
-                spec = AttentionSpec(storage=storage, head_dim=shape.head_dim, group=group)
-                self._specs[storage] = spec
+                self._specs[storage] = AttentionSpec(
+                    storage=storage, head_dim=shape.head_dim, group=group, fetch=False
+                )
 
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> LinearWeight:
         return make_linear(weight, bias)
