@@ -31,9 +31,9 @@ class PenaltyRows:
     pool_rows: Tensor
     """[C] int64: their rows of the penalty pool."""
     output_counts: Tensor
-    """[C, V] int32."""
+    """[pool, V] int32."""
     in_prompt: Tensor
-    """[C, V] bool."""
+    """[pool, V] bool."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,18 +61,30 @@ class DrawRows:
     """[C] float64 in [0, 1)."""
     temperature: Tensor
     """[C] float64."""
-    log_min_p: Tensor
-    """[C] float64; -inf keeps all."""
+    min_p: Tensor
+    """[C] float64; 0 keeps all."""
     top_k: Tensor
     """[C] int64; 0 keeps all."""
     top_p: Tensor
-    """[C] float64."""
-    max_top_k: int
+    """[C] float64; 1 keeps all."""
+    has_min_p: bool
     has_cuts: bool
     """Any row has a top_k or a top_p."""
     has_top_p: bool
-    needs_full_sort: bool
-    """Where looking whether a partial sort was enough would stall the device."""
+
+    def part(self, part: slice) -> DrawRows:
+        """Some of the rows; the flags stay those of all."""
+        return DrawRows(
+            rows=self.rows[part],
+            uniforms=self.uniforms[part],
+            temperature=self.temperature[part],
+            min_p=self.min_p[part],
+            top_k=self.top_k[part],
+            top_p=self.top_p[part],
+            has_min_p=self.has_min_p,
+            has_cuts=self.has_cuts,
+            has_top_p=self.has_top_p,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,8 +176,8 @@ def _penalties(
         presence=upload(slots.presence[paying], device),
         frequency=upload(slots.frequency[paying], device),
         pool_rows=pool_rows,
-        output_counts=slots.penalty_pool.output_counts[pool_rows],
-        in_prompt=slots.penalty_pool.in_prompt[pool_rows],
+        output_counts=slots.penalty_pool.output_counts,
+        in_prompt=slots.penalty_pool.in_prompt,
     )
 
 
@@ -176,28 +188,18 @@ def _draws(
     if not len(rows):
         return None
     drawing = picked[rows]
-    top_k, top_p = slots.top_k[drawing], slots.top_p[drawing]
-    has_top_k, has_top_p = bool((top_k > 0).any()), bool((top_p < 1).any())
-    with np.errstate(divide="ignore"):
-        log_min_p = np.log(slots.min_p[drawing])
-    numbers = np.stack(
-        (
-            uniforms(slots.seed[drawing], slots.choice[drawing], positions[rows]),
-            slots.temperature[drawing],
-            log_min_p,
-            top_p,
-        )
-    )
-    on_device = upload(numbers, device)
+    top_k, top_p, min_p = slots.top_k[drawing], slots.top_p[drawing], slots.min_p[drawing]
+    drawn_at = uniforms(slots.seed[drawing], slots.choice[drawing], positions[rows])
+    reals = upload(np.stack((drawn_at, slots.temperature[drawing], min_p, top_p)), device)
+    has_top_p = bool((top_p < 1).any())
     return DrawRows(
         rows=upload(rows, device),
-        uniforms=on_device[0],
-        temperature=on_device[1],
-        log_min_p=on_device[2],
+        uniforms=reals[0],
+        temperature=reals[1],
+        min_p=reals[2],
         top_k=upload(top_k, device),
-        top_p=on_device[3],
-        max_top_k=int(top_k.max()),
-        has_cuts=has_top_k or has_top_p,
+        top_p=reals[3],
+        has_min_p=bool(min_p.any()),
+        has_cuts=has_top_p or bool(top_k.any()),
         has_top_p=has_top_p,
-        needs_full_sort=device.type != "cpu" and has_top_p and bool((top_k == 0).any()),
     )
