@@ -12,7 +12,7 @@ result does not depend, in any bit, on the other rows of its block, nor on the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weft.model.kernels.cpu_gemm import reduce_tree
 from weft.model.kernels.cpu_ir import BF16, F32, I64, Builder, Storage, Val, Var, vector
@@ -68,6 +68,11 @@ class AttentionSpec:
     def max_block_rows(self) -> int:
         """The most query rows that one work item may hold."""
         return max(1, _MAX_STATES // self.group)
+
+    @property
+    def variants(self) -> tuple[AttentionSpec, ...]:
+        """With and without fetching ahead: decodes want one, prompts the other."""
+        return tuple(replace(self, fetch=fetch) for fetch in (False, True))
 
     def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
         """Write the body."""

@@ -12,7 +12,7 @@ M and the blocking, so a row's result does not depend, in any bit, on what else 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from weft.model.kernels.cpu_ir import BF16, F32, I64, Builder, Storage, Val
@@ -46,6 +46,11 @@ class GemmSpec:
     def outputs_per_group(self) -> int:
         """The fewest outputs per row that the kernel can make."""
         return GROUP // 2 if self.epilogue is Epilogue.SILU_MUL else GROUP
+
+    @property
+    def variants(self) -> tuple[GemmSpec, ...]:
+        """With and without fetching ahead: decodes want one, prompts the other."""
+        return tuple(replace(self, fetch=fetch) for fetch in (False, True))
 
     def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
         """Write the body."""

@@ -42,6 +42,11 @@ class NormSpec:
         """A C identifier."""
         return f"rms_norm_{self.storage}"
 
+    @property
+    def variants(self) -> tuple[NormSpec, ...]:
+        """This one alone."""
+        return (self,)
+
     def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
         """Write the body."""
         emit_rms_norm(self, k, args, thread, num_threads)
@@ -60,6 +65,11 @@ class RopeSpec:
         """A C identifier."""
         return f"rope_{self.storage}_d{self.head_dim}" + ("_norms" if self.has_norms else "")
 
+    @property
+    def variants(self) -> tuple[RopeSpec, ...]:
+        """This one alone."""
+        return (self,)
+
     def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
         """Write the body."""
         emit_rope(self, k, args, thread, num_threads)
@@ -70,6 +80,11 @@ class GatherSpec:
     """Rows of bytes by int64 index; there is one variant."""
 
     name: str = "gather"
+
+    @property
+    def variants(self) -> tuple[GatherSpec, ...]:
+        """This one alone."""
+        return (self,)
 
     def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
         """Write the body."""

@@ -16,7 +16,7 @@ import functools
 import logging
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +273,12 @@ class KernelSpec(Protocol):
         """A C identifier."""
         ...
 
+    @property
+    def variants(self) -> Sequence[KernelSpec]:
+        """This kernel and those that the same model needs sooner or later: compiled together, so
+        that no later request waits for it."""
+        ...
+
     def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
         """Write the body; what the words at `args` mean is between the kernel and its callers."""
         ...
@@ -289,17 +295,19 @@ class NativeKernels:
         self._lock = threading.Lock()
 
     def address(self, spec: KernelSpec) -> int:
-        """The address of a kernel, compiled on first use (a fifth of a second, about)."""
+        """The address of a kernel, compiled on first use (some tenths of a second)."""
         known = self._addresses.get(spec)
         if known is not None:
             return known
         with self._lock:
             if spec not in self._addresses:
                 module = ir.Module(spec.name)
-                define_kernel(module, spec.name, self.isa, spec.emit)
+                for variant in spec.variants:
+                    define_kernel(module, variant.name, self.isa, variant.emit)
                 compiled = CompiledModule(str(module))
                 self._modules.append(compiled)
-                self._addresses[spec] = compiled.address(spec.name)
+                for variant in spec.variants:
+                    self._addresses[variant] = compiled.address(variant.name)
             return self._addresses[spec]
 
 
