@@ -1,0 +1,256 @@
+"""Claim (a): the paper's evaluation under the simulator, bottleneck objective, micro-batch swept.
+
+A grid point is (model, devices, batch). The paper gives its batches as "close to the memory limit"
+and its table of them is lost; the one known point is MMT at 128 samples on 8 devices. So the largest
+batch is here the largest power of two that the sequential plan still fits as a single micro-batch
+(that gives 128 for MMT on 8 devices); 1/4, 1/2 and 1 of it are planned by every method. Every method
+is swept over micro-batch sizes, except Piper where its search takes long: it gets the size that was
+best for the sequential plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from plan_bench.setting import (
+    Findings,
+    Outcome,
+    graph_of,
+    measured,
+    planned,
+    point,
+    powers,
+    ratio_row,
+    summit,
+    swept,
+)
+from weft.cluster.cluster import Cluster
+from weft.graph.graph import Graph
+from weft.plan.in_flight import plan_in_flight
+from weft.plan.train_plan import TrainPlan
+
+MODELS: dict[str, dict[str, Any]] = {"mmt": {}, "dlrm": {}, "candle-uno": {}}
+MICRO_BATCHES_PER_BATCH = (4, 64)
+"""Fewest and most micro-batches that a batch is cut into in the sweep."""
+
+
+def grid(models: Iterable[str], device_counts: Iterable[int], *, fractions: int = 3) -> Findings:
+    """End-to-end throughput (Fig. 6): every point, losing ones too."""
+    found = Findings()
+    table: list[dict[str, Any]] = []
+    gains: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for model in models:
+        graph = graph_of(model, **MODELS[model])
+        for count in device_counts:
+            largest = largest_batch(graph, summit(count))
+            if largest is None:
+                found.remarks.append(f"{model} on {count} devices: no sequential plan fits at all")
+                continue
+            for batch in [largest >> shift for shift in reversed(range(fractions))]:
+                outcomes = _methods(graph, summit(count), batch)
+                table += [{**point(model, count, batch), **outcome.fields} for outcome in outcomes]
+                ours, *others = outcomes
+                best = max(others, key=lambda outcome: outcome.throughput_per_s)
+                if ours.throughput_per_s and best.throughput_per_s:
+                    gains.setdefault((model, count), []).append(
+                        (ours.throughput_per_s, best.throughput_per_s)
+                    )
+    for (model, count), pairs in gains.items():
+        target = {"mmt": 1.25, "candle-uno": 1.25, "dlrm": 1.25}[model] if count == 32 else None
+        found.rows.append(
+            ratio_row(
+                f"{model}, {count} devices: graphpipe over the best of spp, pipedream, piper",
+                "samples/s",
+                [a for a, _ in pairs],
+                [b for _, b in pairs],
+                target=target,
+            )
+        )
+    found.tables["end-to-end (Fig. 6)"] = table
+    return found
+
+
+def branch_sweep(branches: Iterable[int], device_counts: Iterable[int]) -> Findings:
+    """CANDLE-Uno with 2 to 16 branches (Fig. 7 left), normalised to PipeDream."""
+    found = Findings()
+    table: list[dict[str, Any]] = []
+    for count in device_counts:
+        for num_branches in branches:
+            graph = graph_of("candle-uno", num_branches=num_branches)
+            batch = largest_batch(graph, summit(count))
+            if batch is None:
+                found.remarks.append(
+                    f"{num_branches} branches on {count} devices: no sequential plan fits"
+                )
+                continue
+            sizes = _sizes(batch)
+            ours = swept("graphpipe", graph, summit(count), batch, sizes)
+            peer = swept("pipedream", graph, summit(count), batch, sizes)
+            table += [
+                {**point("candle-uno", count, batch, branches=num_branches), **outcome.fields}
+                for outcome in (ours, peer)
+            ]
+            if ours.throughput_per_s and peer.throughput_per_s:
+                found.rows.append(
+                    ratio_row(
+                        f"candle-uno, {num_branches} branches, {count} devices: over pipedream",
+                        "samples/s",
+                        [ours.throughput_per_s],
+                        [peer.throughput_per_s],
+                    )
+                )
+    found.tables["branches (Fig. 7 left)"] = table
+    return found
+
+
+def micro_batch_sweep(batch: int = 128, num_devices: int = 8) -> Findings:
+    """MMT at fixed micro-batch sizes, mini-batch 128, 8 devices (Fig. 7 right)."""
+    found = Findings()
+    table: list[dict[str, Any]] = []
+    graph = graph_of("mmt")
+    for size in powers(1, batch // 4):
+        pair = [
+            planned(method, graph, summit(num_devices), batch, micro_batches=(size,))
+            for method in ("graphpipe", "spp")
+        ]
+        table += [{**point("mmt", num_devices, batch), **outcome.fields} for outcome in pair]
+        if all(outcome.plan for outcome in pair):
+            found.rows.append(
+                ratio_row(
+                    f"mmt, 8 devices, batch 128, micro-batch {size}: graphpipe over spp",
+                    "samples/s",
+                    [pair[0].throughput_per_s],
+                    [pair[1].throughput_per_s],
+                )
+            )
+    found.tables["micro-batch sizes (Fig. 7 right)"] = table
+    return found
+
+
+def ablation(models: Iterable[str], num_devices: int = 32) -> Findings:
+    """SPP, then its own partition with concurrent branches, then all of graphpipe (Fig. 9)."""
+    found = Findings()
+    table: list[dict[str, Any]] = []
+    for model in models:
+        graph = graph_of(model, **MODELS[model])
+        batch = largest_batch(graph, summit(num_devices))
+        if batch is None:
+            continue
+        sizes = _sizes(batch)
+        sequential = swept("spp", graph, summit(num_devices), batch, sizes)
+        if sequential.plan is None:
+            continue
+        parallel = measured(without_false_edges(sequential.plan), "parallel")
+        full = swept("graphpipe", graph, summit(num_devices), batch, sizes)
+        for outcome in (sequential, parallel, full):
+            table.append({**point(model, num_devices, batch), **outcome.fields})
+        for outcome, words in ((parallel, "parallel branches"), (full, "full graphpipe")):
+            found.rows.append(
+                ratio_row(
+                    f"{model}, {num_devices} devices: {words} over spp",
+                    "samples/s",
+                    [outcome.throughput_per_s],
+                    [sequential.throughput_per_s],
+                )
+            )
+    found.tables[f"ablation at {num_devices} devices (Fig. 9)"] = table
+    return found
+
+
+def case_study(batch: int = 64, num_devices: int = 8) -> Findings:
+    """Two branches of four layers on eight devices (§7.5): depth 4 against depth 8."""
+    found = Findings()
+    graph = graph_of("case-study")
+    outcomes: list[Outcome] = []
+    for method in ("graphpipe", "spp"):
+        outcomes.append(swept(method, graph, summit(num_devices), batch, powers(1, batch // 4)))
+    found.tables["case study (§7.5)"] = [
+        {**point("case-study", num_devices, batch), **outcome.fields} for outcome in outcomes
+    ]
+    ours, peer = outcomes
+    found.rows.append(
+        ratio_row(
+            "case study, 8 devices, batch 64: graphpipe over spp (paper: 1.20)",
+            "samples/s",
+            [ours.throughput_per_s],
+            [peer.throughput_per_s],
+        )
+    )
+    for size in (1, 2, 4):
+        pair = [
+            planned(method, graph, summit(num_devices), batch, micro_batches=(size,))
+            for method in ("graphpipe", "spp")
+        ]
+        if not all(outcome.plan for outcome in pair):
+            continue
+        plans = [outcome.plan for outcome in pair if outcome.plan]
+        m = batch // size
+        closed = (m + plans[1].depth - 1) / (m + plans[0].depth - 1)
+        found.rows.append(
+            ratio_row(
+                f"case study, micro-batch {size}: step-time ratio (ours) and its closed form "
+                f"(m+{plans[1].depth - 1})/(m+{plans[0].depth - 1}) (peer), m = {m}",
+                "x",
+                [pair[1].step_time_s / pair[0].step_time_s],
+                [closed],
+                tolerance=0.1,
+            )
+        )
+    return found
+
+
+def chain_is_equal(num_devices: int = 8, batch: int = 128) -> Findings:
+    """On a model without branches graphpipe equals the sequential planner (A.3)."""
+    graph = graph_of("mmt", num_branches=1, num_layers=32)
+    sizes = powers(1, batch // 4)
+    ours = swept("graphpipe", graph, summit(num_devices), batch, sizes)
+    peer = swept("spp", graph, summit(num_devices), batch, sizes)
+    return Findings(
+        rows=[
+            ratio_row(
+                "a chain of 32 layers, 8 devices: graphpipe over spp",
+                "samples/s",
+                [ours.throughput_per_s],
+                [peer.throughput_per_s],
+                tolerance=1e-9,
+            )
+        ]
+    )
+
+
+def largest_batch(graph: Graph, cluster: Cluster) -> int | None:
+    """The largest power of two that the sequential plan fits as one micro-batch."""
+    best: int | None = None
+    for size in powers(1, 1 << 16):
+        if planned("spp", graph, cluster, size, micro_batches=(size,)).plan is None:
+            break
+        best = size
+    return best
+
+
+def without_false_edges(plan: TrainPlan) -> TrainPlan:
+    """The same partition and micro-batches with its branches running at the same time."""
+    edges = tuple(edge for edge in plan.edges if not edge.is_order_only)
+    concurrent = plan.replace(edges=edges)
+    stages = tuple(
+        replace(stage, in_flight=samples)
+        for stage, samples in zip(plan.stages, plan_in_flight(concurrent), strict=True)
+    )
+    return concurrent.replace(stages=stages)
+
+
+def _methods(graph: Graph, cluster: Cluster, batch: int) -> list[Outcome]:
+    sizes = _sizes(batch)
+    ours, sequential, pipedream = (
+        swept(method, graph, cluster, batch, sizes) for method in ("graphpipe", "spp", "pipedream")
+    )
+    size = sequential.plan.micro_batch if sequential.plan else sizes[0]
+    piper = planned("piper", graph, cluster, batch, micro_batches=(size,), time_limit_s=60.0)
+    return [ours, sequential, pipedream, piper]
+
+
+def _sizes(batch: int) -> tuple[int, ...]:
+    fewest, most = MICRO_BATCHES_PER_BATCH
+    return powers(max(1, batch // most), max(1, batch // fewest))

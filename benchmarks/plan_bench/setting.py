@@ -1,0 +1,236 @@
+"""Models, methods and plans that several parts of the planning benchmark share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+from rows import Row
+from weft.plan.api import plan as make_plan
+
+from weft.base.errors import WeftError
+from weft.cluster.cluster import Cluster
+from weft.cluster.presets import load_cluster
+from weft.cost.roofline import RooflineCost
+from weft.cost.training import SGD_FP32, TrainingSpec
+from weft.graph.coarsen import coarsen
+from weft.graph.graph import Graph
+from weft.model.zoo.registry import resolve
+from weft.plan.train_plan import TrainPlan
+from weft.sim.stage_executor import simulate
+
+MAX_BLOCKS = 75
+"""Blocks of every graph here, for all methods alike: layers and their halves, joins with losses."""
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What one part of the benchmark reports: compared figures, tables, and remarks."""
+
+    rows: list[Row] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def add(self, other: Findings) -> None:
+        """Take over everything of another part."""
+        self.rows += other.rows
+        self.tables |= other.tables
+        self.remarks += other.remarks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One planned and simulated point; without a plan, `reason` says why."""
+
+    method: str
+    plan: TrainPlan | None = None
+    step_time_s: float = float("inf")
+    throughput_per_s: float = 0.0
+    search_time_s: float = 0.0
+    reason: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The outcome as a table row."""
+        plan = self.plan
+        return {
+            "method": self.method,
+            "samples_per_s": round(self.throughput_per_s, 3),
+            "step_time_s": self.step_time_s if plan else None,
+            "micro_batch": plan.micro_batch if plan else None,
+            "num_stages": plan.num_stages if plan else None,
+            "depth": plan.depth if plan else None,
+            "devices": len(plan.used_devices) if plan else None,
+            "search_time_s": round(self.search_time_s, 4),
+            "reason": self.reason,
+        }
+
+
+@cache
+def graph_of(model: str, **options: Any) -> Graph:
+    """The block-level graph of a zoo model."""
+    return coarsen(resolve(model, options), MAX_BLOCKS)
+
+
+@cache
+def summit(num_devices: int) -> Cluster:
+    """The paper's machine: V100s, four a node."""
+    return load_cluster(f"summit-{num_devices}")
+
+
+def planned(
+    method: str,
+    graph: Graph,
+    cluster: Cluster,
+    batch_size: int,
+    *,
+    objective: str = "bottleneck",
+    training: TrainingSpec = SGD_FP32,
+    micro_batches: Sequence[int] | None = None,
+    contention: bool = True,
+    time_limit_s: float | None = 120.0,
+) -> Outcome:
+    """One method's plan, simulated with links that queue (unless told otherwise)."""
+    started_s = perf_counter()
+    try:
+        found = make_plan(
+            graph,
+            cluster,
+            batch_size=batch_size,
+            method=method,
+            objective=objective,
+            training=training,
+            micro_batches=micro_batches,
+            cost=RooflineCost(dtype=training.dtype),
+            time_limit_s=time_limit_s,
+        )
+    except WeftError as error:
+        return Outcome(
+            method=method, search_time_s=perf_counter() - started_s, reason=_short(str(error))
+        )
+    search_time_s = perf_counter() - started_s
+    return measured(found, method, search_time_s, contention=contention)
+
+
+def measured(
+    plan: TrainPlan, method: str, search_time_s: float = 0.0, *, contention: bool = True
+) -> Outcome:
+    """The simulated outcome of a plan."""
+    timeline = simulate(plan, contention=contention)
+    return Outcome(
+        method=method,
+        plan=plan,
+        step_time_s=timeline.step_time_s,
+        throughput_per_s=timeline.throughput_per_s,
+        search_time_s=search_time_s,
+        reason="; ".join(plan.notes),
+    )
+
+
+def swept(
+    method: str, graph: Graph, cluster: Cluster, batch_size: int, sizes: Iterable[int]
+) -> Outcome:
+    """The best simulated plan of a method over micro-batch sizes, as the paper takes its best."""
+    outcomes = [
+        planned(method, graph, cluster, batch_size, micro_batches=(size,)) for size in sizes
+    ]
+    best = max(outcomes, key=lambda outcome: outcome.throughput_per_s)
+    total_s = sum(outcome.search_time_s for outcome in outcomes)
+    return Outcome(
+        method=method,
+        plan=best.plan,
+        step_time_s=best.step_time_s,
+        throughput_per_s=best.throughput_per_s,
+        search_time_s=total_s,
+        reason=best.reason if best.plan else outcomes[0].reason,
+    )
+
+
+def powers(low: int, high: int) -> tuple[int, ...]:
+    """Powers of two in [low, high]."""
+    return tuple(1 << i for i in range(64) if low <= 1 << i <= high)
+
+
+def ratio_row(
+    claim: str,
+    unit: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    *,
+    target: float | None = None,
+    tolerance: float | None = None,
+) -> Row:
+    """Figures in which more is better; a simulated point has no spread of its own, several do."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    return Row(
+        claim=claim,
+        unit=unit,
+        ours=statistics.median(ours),
+        peer=statistics.median(peer),
+        ratio=statistics.median(ratios),
+        ratio_low=min(ratios),
+        ratio_high=max(ratios),
+        target=target,
+        tolerance=tolerance,
+        simulated=True,
+    )
+
+
+def limit_row(
+    claim: str, unit: str, values: Sequence[float], limit: float, *, simulated: bool = False
+) -> Row:
+    """A figure that may not exceed a limit; the ratio is limit / figure, 1 and more is met."""
+    return Row(
+        claim=claim,
+        unit=unit,
+        ours=statistics.median(values),
+        peer=limit,
+        ratio=limit / max(statistics.median(values), 1e-12),
+        ratio_low=limit / max(*values, 1e-12, 1e-12),
+        ratio_high=limit / max(min(values), 1e-12),
+        target=1.0,
+        simulated=simulated,
+    )
+
+
+def rate_row(claim: str, unit: str, values: Sequence[float], least: float) -> Row:
+    """A rate that must reach a target."""
+    ratios = [value / least for value in values]
+    return Row(
+        claim=claim,
+        unit=unit,
+        ours=statistics.median(values),
+        peer=least,
+        ratio=statistics.median(ratios),
+        ratio_low=min(ratios),
+        ratio_high=max(ratios),
+        target=1.0,
+    )
+
+
+def count_row(claim: str, good: int, total: int) -> Row:
+    """How many of all cases agree; all must."""
+    return Row(
+        claim=claim,
+        unit="cases",
+        ours=good,
+        peer=total,
+        ratio=good / max(total, 1),
+        ratio_low=good / max(total, 1),
+        ratio_high=good / max(total, 1),
+        target=1.0,
+    )
+
+
+def point(model: str, num_devices: int, batch_size: int, **more: Any) -> Mapping[str, Any]:
+    """The leading columns of a table row."""
+    return {"model": model, "devices_available": num_devices, "batch": batch_size, **more}
+
+
+def _short(text: str, limit: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
