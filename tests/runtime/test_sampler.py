@@ -164,7 +164,7 @@ def test_counts_grow_with_what_is_sampled() -> None:
         tokens = sample(logits, plan).tokens
         assert plan.edits is not None
         assert plan.edits.penalties is not None
-        table.record(torch.tensor([0]), tokens, plan.edits.penalties)
+        table.record(np.array([0], np.int32), tokens, plan.edits.penalties)
         seen += tokens.tolist()
     assert seen == [0, 1, 0, 1]
     assert table.last_token.tolist() == [1]
@@ -187,6 +187,18 @@ def test_masks_bans_and_biases() -> None:
     # Ten tokens of output and more: the ban is over.
     sampled = run(logits, params, masks=masks, prompts=[[0]] * 4)
     assert sampled.tokens[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_rows_take_the_first_of_the_likeliest(dtype: torch.dtype) -> None:
+    logits = torch.from_numpy(np.random.default_rng(4).normal(size=(5, 700))).to(dtype)
+    logits[1, [30, 400]] = 9.0
+    logits[2, 5] = float("nan")
+    logits[3, 699] = float("inf")
+    logits[4] = -float("inf")
+    sampled = run(logits, [{}] * 5)
+    assert sampled.tokens.tolist() == [int(logits[0].argmax()), 30, 0, 0, 0]
+    assert sampled.is_ok.tolist() == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

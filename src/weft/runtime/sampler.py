@@ -62,6 +62,8 @@ class Sampled:
 
 def sample(logits: Tensor, plan: SamplingPlan) -> Sampled:
     """Choose one token for each row of logits [S, V]."""
+    if plan.is_plain and logits.device.type == "cpu" and logits.dtype is not torch.bfloat16:
+        return _take_likeliest(logits)
     best = logits.max(dim=-1)
     if plan.is_plain:
         return _checked(best.values, best.indices, None)
@@ -82,6 +84,18 @@ def sample(logits: Tensor, plan: SamplingPlan) -> Sampled:
     rows = upload(plan.logprob_rows, wide.device)
     logprobs = rank(wide[rows], sampled.tokens[rows], plan.num_top_logprobs)
     return Sampled(tokens=sampled.tokens, is_ok=sampled.is_ok, logprobs=logprobs)
+
+
+def _take_likeliest(logits: Tensor) -> Sampled:
+    """The greedy choice by NumPy, whose few calls cost a fraction of torch's."""
+    scores = logits.numpy()
+    tokens = scores.argmax(axis=-1)
+    is_ok = np.isfinite(scores[np.arange(len(tokens)), tokens])
+    return Sampled(
+        tokens=torch.from_numpy((tokens * is_ok).astype(np.int32)),
+        is_ok=torch.from_numpy(is_ok),
+        logprobs=None,
+    )
 
 
 def _checked(best: Tensor, tokens: Tensor, logprobs: RankedLogprobs | None) -> Sampled:

@@ -152,9 +152,12 @@ class SlotTable:
             or bool(params.logit_bias)
         )
 
-    def record(self, slots: Tensor, tokens: Tensor, paying: PenalisedRows | None) -> None:
+    def record(self, slots: Int32, tokens: Tensor, paying: PenalisedRows | None) -> None:
         """Remember what was sampled: tokens [S] int32 of slots [S]."""
-        self.last_token[slots] = tokens
+        if tokens.device.type == "cpu":
+            self.last_token.numpy()[slots] = tokens.numpy()
+        else:
+            self.last_token[upload(slots, tokens.device)] = tokens
         if paying is not None:
             picked = tokens[paying.rows].long()
             ones = torch.ones_like(picked, dtype=torch.int32)

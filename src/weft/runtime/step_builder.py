@@ -33,7 +33,7 @@ def check_batch(batch: Batch, num_layers: int) -> None:
         raise UnsupportedError(f"adapters ({names}) are not supported; send the bare model's rows")
     if batch.models.any():
         raise UnsupportedError("rows of a draft model are not supported; only model 0 is loaded")
-    if batch.layers[:, 0].any() or (batch.layers[:, 1] != num_layers).any():
+    if (batch.layers != (0, num_layers)).any():
         raise UnsupportedError(
             f"rows must pass all layers [0, {num_layers}); partial layer ranges are not supported"
         )

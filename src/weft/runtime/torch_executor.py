@@ -162,9 +162,8 @@ class TorchExecutor:
         device = self._context.device
         plan = plan_sampling(batch, self._slots, device)
         sampled = sample(logits, plan)
-        slots = upload(batch.slots[batch.sample_rows], device)
         paying = None if plan.edits is None else plan.edits.penalties
-        self._slots.record(slots, sampled.tokens, paying)
+        self._slots.record(batch.slots[batch.sample_rows], sampled.tokens, paying)
         found = {"tokens": sampled.tokens, "is_ok": sampled.is_ok}
         if sampled.logprobs is not None:
             found |= sampled.logprobs.columns()
