@@ -1,11 +1,14 @@
 """Claim (a): the paper's evaluation under the simulator, bottleneck objective, micro-batch swept.
 
-A grid point is (model, devices, batch). The paper gives its batches as "close to the memory limit"
-and its table of them is lost; the one known point is MMT at 128 samples on 8 devices. So the largest
-batch is here the largest power of two that the sequential plan still fits as a single micro-batch
-(that gives 128 for MMT on 8 devices); 1/4, 1/2 and 1 of it are planned by every method. Every method
-is swept over micro-batch sizes, except Piper where its search takes long: it gets the size that was
-best for the sequential plan.
+A grid point is (model, devices, batch). The paper's table of batches is lost. Two readings of it
+are planned by every method. *Largest*: the largest power of two that the sequential plan still fits
+as one micro-batch, and 1/2 and 1/4 of it; for MMT on 8 devices that gives 128, the one published
+point. *Artifact*: for the two models of plain layers, whose activations are so small that the
+largest batch is far beyond use, 128 samples a device, the scale of the published strategies.
+
+Every method is swept over micro-batch sizes, except Piper, whose search takes long: it gets the
+size that was best for the sequential plan. The two best plans of each sweep get the simulator's
+local repair of samples in flight, whatever the method.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from plan_bench.setting import (
     point,
     powers,
     ratio_row,
+    repaired,
     summit,
     swept,
 )
@@ -32,6 +36,9 @@ from weft.plan.in_flight import plan_in_flight
 from weft.plan.train_plan import TrainPlan
 
 MODELS: dict[str, dict[str, Any]] = {"mmt": {}, "dlrm": {}, "candle-uno": {}}
+ARTIFACT_SAMPLES_PER_DEVICE = {"dlrm": 128, "candle-uno": 128}
+"""Batch per device at the scale of the artifact's strategies."""
+
 MICRO_BATCHES_PER_BATCH = (4, 64)
 """Fewest and most micro-batches that a batch is cut into in the sweep."""
 
@@ -40,28 +47,29 @@ def grid(models: Iterable[str], device_counts: Iterable[int], *, fractions: int 
     """End-to-end throughput (Fig. 6): every point, losing ones too."""
     found = Findings()
     table: list[dict[str, Any]] = []
-    gains: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    gains: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
     for model in models:
         graph = graph_of(model, **MODELS[model])
         for count in device_counts:
-            largest = largest_batch(graph, summit(count))
-            if largest is None:
-                found.remarks.append(f"{model} on {count} devices: no sequential plan fits at all")
-                continue
-            for batch in [largest >> shift for shift in reversed(range(fractions))]:
+            for reading, batch in _batches(model, graph, count, fractions):
                 outcomes = _methods(graph, summit(count), batch)
-                table += [{**point(model, count, batch), **outcome.fields} for outcome in outcomes]
+                table += [
+                    {**point(model, count, batch, reading=reading), **outcome.fields}
+                    for outcome in outcomes
+                ]
                 ours, *others = outcomes
                 best = max(others, key=lambda outcome: outcome.throughput_per_s)
                 if ours.throughput_per_s and best.throughput_per_s:
-                    gains.setdefault((model, count), []).append(
+                    gains.setdefault((model, count, reading), []).append(
                         (ours.throughput_per_s, best.throughput_per_s)
                     )
-    for (model, count), pairs in gains.items():
-        target = {"mmt": 1.25, "candle-uno": 1.25, "dlrm": 1.25}[model] if count == 32 else None
+    for (model, count, reading), pairs in gains.items():
+        # The paper's least gain at 32 devices.
+        target = 1.25 if count == 32 else None
         found.rows.append(
             ratio_row(
-                f"{model}, {count} devices: graphpipe over the best of spp, pipedream, piper",
+                f"{model}, {count} devices, {reading} batch: graphpipe over the best of spp, "
+                "pipedream, piper",
                 "samples/s",
                 [a for a, _ in pairs],
                 [b for _, b in pairs],
@@ -79,12 +87,7 @@ def branch_sweep(branches: Iterable[int], device_counts: Iterable[int]) -> Findi
     for count in device_counts:
         for num_branches in branches:
             graph = graph_of("candle-uno", num_branches=num_branches)
-            batch = largest_batch(graph, summit(count))
-            if batch is None:
-                found.remarks.append(
-                    f"{num_branches} branches on {count} devices: no sequential plan fits"
-                )
-                continue
+            batch = ARTIFACT_SAMPLES_PER_DEVICE["candle-uno"] * count
             sizes = _sizes(batch)
             ours = swept("graphpipe", graph, summit(count), batch, sizes)
             peer = swept("pipedream", graph, summit(count), batch, sizes)
@@ -135,14 +138,12 @@ def ablation(models: Iterable[str], num_devices: int = 32) -> Findings:
     table: list[dict[str, Any]] = []
     for model in models:
         graph = graph_of(model, **MODELS[model])
-        batch = largest_batch(graph, summit(num_devices))
-        if batch is None:
-            continue
+        batch = ARTIFACT_SAMPLES_PER_DEVICE.get(model, 8) * num_devices
         sizes = _sizes(batch)
         sequential = swept("spp", graph, summit(num_devices), batch, sizes)
         if sequential.plan is None:
             continue
-        parallel = measured(without_false_edges(sequential.plan), "parallel")
+        parallel = repaired(measured(without_false_edges(sequential.plan), "parallel"))
         full = swept("graphpipe", graph, summit(num_devices), batch, sizes)
         for outcome in (sequential, parallel, full):
             table.append({**point(model, num_devices, batch), **outcome.fields})
@@ -220,6 +221,18 @@ def chain_is_equal(num_devices: int = 8, batch: int = 128) -> Findings:
     )
 
 
+def _batches(model: str, graph: Graph, num_devices: int, fractions: int) -> list[tuple[str, int]]:
+    largest = largest_batch(graph, summit(num_devices))
+    found = (
+        []
+        if largest is None
+        else [("largest", largest >> shift) for shift in reversed(range(fractions))]
+    )
+    if model in ARTIFACT_SAMPLES_PER_DEVICE:
+        found.append(("artifact", ARTIFACT_SAMPLES_PER_DEVICE[model] * num_devices))
+    return found
+
+
 def largest_batch(graph: Graph, cluster: Cluster) -> int | None:
     """The largest power of two that the sequential plan fits as one micro-batch."""
     best: int | None = None
@@ -248,7 +261,7 @@ def _methods(graph: Graph, cluster: Cluster, batch: int) -> list[Outcome]:
     )
     size = sequential.plan.micro_batch if sequential.plan else sizes[0]
     piper = planned("piper", graph, cluster, batch, micro_batches=(size,), time_limit_s=60.0)
-    return [ours, sequential, pipedream, piper]
+    return [ours, sequential, pipedream, repaired(piper)]
 
 
 def _sizes(batch: int) -> tuple[int, ...]:

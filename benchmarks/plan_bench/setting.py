@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from time import perf_counter
 from typing import Any
@@ -21,6 +21,7 @@ from weft.graph.coarsen import coarsen
 from weft.graph.graph import Graph
 from weft.model.zoo.registry import resolve
 from weft.plan.train_plan import TrainPlan
+from weft.sim.repair import repair_in_flight
 from weft.sim.stage_executor import simulate
 
 MAX_BLOCKS = 75
@@ -131,6 +132,15 @@ def measured(
     )
 
 
+def repaired(outcome: Outcome) -> Outcome:
+    """The outcome with samples in flight raised where messages need it, if that is faster."""
+    if outcome.plan is None:
+        return outcome
+    better = repair_in_flight(outcome.plan, max_simulations=40).plan
+    again = measured(better, outcome.method, outcome.search_time_s)
+    return max(outcome, again, key=lambda one: one.throughput_per_s)
+
+
 def swept(
     method: str, graph: Graph, cluster: Cluster, batch_size: int, sizes: Iterable[int]
 ) -> Outcome:
@@ -138,16 +148,9 @@ def swept(
     outcomes = [
         planned(method, graph, cluster, batch_size, micro_batches=(size,)) for size in sizes
     ]
-    best = max(outcomes, key=lambda outcome: outcome.throughput_per_s)
-    total_s = sum(outcome.search_time_s for outcome in outcomes)
-    return Outcome(
-        method=method,
-        plan=best.plan,
-        step_time_s=best.step_time_s,
-        throughput_per_s=best.throughput_per_s,
-        search_time_s=total_s,
-        reason=best.reason if best.plan else outcomes[0].reason,
-    )
+    outcomes.sort(key=lambda outcome: -outcome.throughput_per_s)
+    best = max(map(repaired, outcomes[:2]), key=lambda outcome: outcome.throughput_per_s)
+    return replace(best, search_time_s=sum(outcome.search_time_s for outcome in outcomes))
 
 
 def powers(low: int, high: int) -> tuple[int, ...]:
