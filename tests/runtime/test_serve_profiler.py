@@ -20,6 +20,7 @@ from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
+from weft.runtime import serve_profiler
 from weft.runtime.serve_profiler import ProfileConfig, profile_serving
 from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, decodes, default_sweep
 from weft.sim.batch_executor import SimulatedBatchExecutor, iteration_shape
@@ -311,9 +312,23 @@ def test_the_verb_measures_the_embedded_model(
     summary = json.loads(capsys.readouterr().out)
     profile = StepTimeProfile.read(out)
     assert summary["num_points"] == len(profile.device_points) > 10
+    assert summary["median_spread"] >= 0
     assert set(summary["decode_step_s"]) == {"1", "2", "3", "4"}
     assert profile.settings["info"]["max_num_seqs"] == 4
     report = setup_from_profile(profile).run(
         synthetic(5, 10.0, num_prompt_tokens=20, num_output_tokens=5)
     )
     assert report.num_finished == 5
+
+
+def test_the_verb_warns_where_the_machine_was_busy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = profiled()
+    disturbed = tuple(replace(point, spread=0.3) for point in quiet.device_points)
+    busy = replace(quiet, device_points=disturbed)
+    for profile, warns in ((busy, True), (quiet, False)):
+        monkeypatch.setattr(serve_profiler, "profile_serving", lambda *a, p=profile, **k: p)
+        with pytest.raises(SystemExit):
+            main(["--out", str(tmp_path / "p.json"), "--max-num-seqs", "2", "--device", "cpu"])
+        assert ("measure again when it is quiet" in capsys.readouterr().err) is warns

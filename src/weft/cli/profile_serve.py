@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,9 @@ from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
 from weft.cost.step_time import IterationShape
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_BUSY_SPREAD = 0.15
+"""Median spread of repetitions above which the machine was not quiet."""
 
 
 @app.command()
@@ -84,6 +89,13 @@ def profile_serve(
         )
     built.executor.close()
     profile.write(out)
+    spread = _median_spread(profile)
+    if spread > _BUSY_SPREAD:
+        print(
+            f"warning: repetitions of the same iteration differ by {spread:.0%}: something else "
+            "used this machine; measure again when it is quiet",
+            file=sys.stderr,
+        )
     if as_json:
         print(json.dumps(_summary(profile, out)))
     else:
@@ -93,6 +105,11 @@ def profile_serve(
 def main(argv: list[str]) -> None:
     """Run the verb on its arguments; SystemExit on --help and on a wrong option."""
     app(args=argv, prog_name="weft profile --serve")
+
+
+def _median_spread(profile: StepTimeProfile) -> float:
+    spreads = [point.spread for point in profile.device_points if point.num_repeats > 1]
+    return statistics.median(spreads) if spreads else 0.0
 
 
 def _device_name(device: Any) -> str:
@@ -113,6 +130,7 @@ def _summary(profile: StepTimeProfile, out: Path) -> dict[str, Any]:
         "num_points": len(profile.device_points),
         "num_repeats": min(point.num_repeats for point in profile.device_points),
         "fit_error": {"median": residuals.median, "p95": residuals.p95, "max": residuals.max},
+        "median_spread": _median_spread(profile),
         "decode_step_s": {
             str(point.shape.num_decode_rows): point.seconds
             for point in _shortest_decodes(profile.device_points)
