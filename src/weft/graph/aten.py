@@ -5,7 +5,8 @@ Shapes in, numbers out; no torch. The saved-for-backward rule follows torch's de
 whose derivative is written in terms of their result (ReLU, sigmoid, softmax, ...) keep the result;
 those written in terms of their argument (GELU, SiLU, norms, ...) keep the argument; sums, copies
 and reshapes keep nothing; dropout keeps one byte per element; fused attention keeps q, k, v, its
-output and one float32 per row; an unlisted operator keeps its floating inputs and its output.
+output and one float32 per row; an unlisted operator keeps its floating inputs and its output. The
+two statistics per row that norms keep are left out.
 FLOP: a multiply-add is 2; backward of a product is one product per operand that needs a gradient;
 attention is counted dense (a causal mask does not halve it), backward twice forward, as in the
 formulas of Megatron-LM (arXiv 2104.04473, appendix); anything else is 1 per element moved.

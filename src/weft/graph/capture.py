@@ -13,9 +13,11 @@ model's code alone, so they are equal in every process.
 
 from __future__ import annotations
 
+import io
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -241,8 +243,13 @@ def _batch(inputs: Any, batch_axes: int | Sequence[int | None]) -> tuple[int, An
 
 
 def _export(wrapper: _Trained, inputs: Any, shapes: Any) -> ExportedProgram:
+    # torch prints the whole half-made graph when it fails; the reason alone helps.
+    printed = io.StringIO()
     try:
-        return torch.export.export(wrapper, inputs, dynamic_shapes=shapes, strict=False)
+        with redirect_stderr(printed):
+            program = torch.export.export(wrapper, inputs, dynamic_shapes=shapes, strict=False)
+        sys.stderr.write(printed.getvalue())
+        return program
     except ConfigError:
         raise
     except Exception as error:
@@ -276,6 +283,7 @@ class _Walker:
         self.training = training
         self.node_of_step: list[str] = []
         self._node = ""
+        self._attended: set[Node] = set()
         self._copies: dict[tuple[Any, ...], bool] = {}
         self._canonical: dict[str, str] = {}
         self.parameters: dict[str, Parameter] = {}
@@ -400,7 +408,13 @@ class _Walker:
         operands = [_operand(t, node) for t in outputs]
         if name in SHAPE_ONLY:
             return [self.recorder.new_value(Origin.CONSTANT, o) for o in operands]
+        if name == "broadcast_tensors":
+            return [self.recorder.view(v, o) for v, o in zip(reads, operands, strict=True)]
+        if name == "scaled_dot_product_attention":
+            self._attended.add(node)
         if reads and self._is_view(name, node, args, outputs):
+            if node.args[0] in self._attended:
+                self._attended.add(node)
             detached = name in ("detach", "detach_") or not grad_enabled
             return [self.recorder.view(reads[0], o, detached=detached) for o in operands]
         schema = getattr(target, "_schema", None)
@@ -426,6 +440,10 @@ class _Walker:
             return False
         if name in ("to", "type_as"):
             return source.dtype == outputs[0].dtype
+        if node.args[0] in self._attended:
+            # Fused kernels lay their output out by rows (B, S, H, E), so merging the heads again
+            # copies nothing; a meta tensor shows the strides of the unfused formula instead.
+            return True
         if name == "contiguous":
             return source.is_contiguous()
         if name in ("reshape", "flatten", "_unsafe_view", "view"):
