@@ -32,7 +32,8 @@ def inputs(plan: TrainPlan) -> dict[Key, dict[Key, float]]:
             (a, m), (b, n) = owner(source, sample), owner(target, sample)
             pairs = [((a, "F", edge.source, m), (b, "F", edge.target, n))]
             order_only = not edge.forward_bytes_per_sample and not edge.backward_bytes_per_sample
-            if (edge.backward_bytes_per_sample or order_only) and not source.frozen:
+            trained = not source.frozen and not target.frozen
+            if (edge.backward_bytes_per_sample or order_only) and trained:
                 pairs.append(((b, "B", edge.target, n), (a, "B", edge.source, m)))
             for pair in pairs:
                 count[pair] += 1
