@@ -47,3 +47,5 @@ def main(argv: list[str] | None = None) -> None:
     except WeftError as error:
         print(f"weft {verb}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

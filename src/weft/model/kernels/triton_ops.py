@@ -8,7 +8,7 @@ Shape legend: T tokens, R rows, n rows of one token, P pages of a table, D head_
 Hkv key-value heads, G = Hq / Hkv, S splits of a context, N pages of the arena, B tokens of a page.
 """
 
-# Triton turns plain ints into constexprs and scalars into tensors at launch; its stubs do not say so.
+# Triton turns plain ints into constexprs and scalars into tensors; its stubs do not say so.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
