@@ -72,9 +72,9 @@ class Outcome:
 
 
 @cache
-def graph_of(model: str, **options: Any) -> Graph:
+def graph_of(model: str, max_blocks: int = MAX_BLOCKS, **options: Any) -> Graph:
     """The block-level graph of a zoo model."""
-    return coarsen(resolve(model, options), MAX_BLOCKS)
+    return coarsen(resolve(model, options), max_blocks)
 
 
 @cache
