@@ -89,6 +89,7 @@ class Run:
     outputs: dict[tuple[str, int], Output]
     stats: EngineStats
     num_steps: int
+    num_replayed: int
 
 
 def run_requests(
@@ -129,7 +130,12 @@ def run_requests(
             policy.check_integrity()
     policy.check_integrity()
     executor.close()
-    return Run(outputs=outputs, stats=policy.stats(), num_steps=num_steps)
+    return Run(
+        outputs=outputs,
+        stats=policy.stats(),
+        num_steps=num_steps,
+        num_replayed=executor.num_replayed,
+    )
 
 
 def mixed_requests(

@@ -10,8 +10,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from model.tiny_models import CONFIGS
 from runtime.harness import (
@@ -24,6 +26,8 @@ from runtime.harness import (
 )
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
+from weft.model.config import ModelConfig
+from weft.model.kernels.cpu_team import native_kernels
 
 NUM_PROMPTS = 200
 MAX_MODEL_LEN = 96
@@ -46,19 +50,41 @@ def serve(name: str, requests: list[Request], dtype: torch.dtype) -> Run:
     return run_requests(context, requests)
 
 
+def assert_right(model: PreTrainedModel, requests: list[Request], run: Run) -> None:
+    """Every answer is full, and transformers' own greedy one."""
+    for request in requests:
+        output = run.outputs[request.id, 0]
+        assert len(output.tokens) == request.sampling.max_tokens
+        logits = reference_logits(model, [*request.prompt_token_ids, *output.tokens])
+        expected = logits[len(request.prompt_token_ids) - 1 : -1].argmax(-1)
+        assert output.tokens == expected.tolist(), request.id
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float64_greedy_is_token_for_token(name: str) -> None:
     requests = mixed_requests(name, NUM_PROMPTS)
     run = serve(name, requests, torch.float64)
     assert_events_happened(run)
-    model = random_model(name)
-    for request in requests:
-        output = run.outputs[request.id, 0]
-        assert len(output.tokens) == request.sampling.max_tokens
-        sequence = [*request.prompt_token_ids, *output.tokens]
-        logits = reference_logits(model, sequence)
-        expected = logits[len(request.prompt_token_ids) - 1 : -1].argmax(-1)
-        assert output.tokens == expected.tolist(), request.id
+    assert_right(random_model(name), requests, run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float64_greedy_is_token_for_token_at_any_size(name: str, seed: int) -> None:
+    """More prompts, other weights, and another shape of engine for each seed."""
+    rng = np.random.default_rng(seed)
+    requests = mixed_requests(name, 400, seed=100 + seed)
+    model = random_model(name, seed)
+    context = make_context(model, max_model_len=MAX_MODEL_LEN, num_sequences=rng.uniform(1.2, 6))
+    run = run_requests(
+        context,
+        requests,
+        max_num_seqs=int(rng.integers(2, 24)),
+        max_num_batched_tokens=int(rng.integers(24, 96)),
+        arrivals_per_step=int(rng.integers(1, 6)),
+    )
+    assert_right(model, requests, run)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -71,6 +97,11 @@ def test_float32_differs_only_at_ties_and_logprobs_agree(name: str) -> None:
     run = serve(name, requests, torch.float32)
     assert_events_happened(run)
     model = random_model(name)
+    if (
+        native_kernels() is not None
+        and ModelConfig.from_dict(model.config.to_dict()).head_dim % 16 == 0
+    ):
+        assert run.num_replayed > 0
     num_ties = 0
     for request in requests:
         output = run.outputs[request.id, 0]

@@ -132,6 +132,7 @@ class TorchExecutor:
 
     def close(self) -> None:
         self._pending.clear()
+        self._replay = None
         self._is_closed = True
 
     def _move_pages(self, batch: Batch) -> None:
