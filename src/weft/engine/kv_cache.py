@@ -66,6 +66,8 @@ class KvCache:
         """
         limit = (num_tokens - 1) // self._unit * self._unit
         found = [self._find_blocks(g, hashes, limit) for g in range(len(self.groups))]
+        for group, pages in zip(self.groups, found, strict=True):
+            limit = min(limit, len(pages) * group.page_tokens // self._unit * self._unit)
         for length in range(limit, 0, -self._unit):
             pages = self._prefix_pages(found, length)
             if pages is not None:
