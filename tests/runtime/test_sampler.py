@@ -235,6 +235,20 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     assert sampled.tokens[0] == 5
 
 
+def test_numbers_drawn_ahead_are_those_of_their_positions() -> None:
+    table = SlotTable(3, 8, CPU)
+    slots = np.array([2, 0], np.int32)
+    for seed, positions in ((1, range(90, 300)), (2, (5, 4, 1000, 1001, 6))):
+        begun = [start(slot, [0], seed=seed + slot, temperature=1.0) for slot in (0, 2)]
+        table.apply(np.empty(0, np.int32), begun)
+        for position in positions:
+            at = np.array([position, position + 3 * seed])
+            expected = uniforms(
+                slots.astype(np.uint64) + np.uint64(seed), np.zeros(2, np.int64), at
+            )
+            assert np.array_equal(table.uniforms_at(slots, at), expected)
+
+
 def test_freed_slots_give_their_penalty_rows_back() -> None:
     table = SlotTable(8, 16, CPU)
     for _ in range(20):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from weft.engine.batch import Batch
-from weft.engine.sampling import uniforms
 from weft.runtime.slots import SlotTable
 from weft.runtime.transfer import upload
 
@@ -133,6 +132,8 @@ def _edits(
     device: torch.device,
 ) -> ScoreEdits | None:
     masks = None
+    if batch.logits_masks is None and not slots.edits_scores[picked].any():
+        return None
     if batch.logits_masks is not None:
         masks = upload(batch.logits_masks.view(np.int32), device)
     young = positions - slots.num_prompt[picked] < slots.min_tokens[picked]
@@ -189,7 +190,7 @@ def _draws(
         return None
     drawing = picked[rows]
     top_k, top_p, min_p = slots.top_k[drawing], slots.top_p[drawing], slots.min_p[drawing]
-    drawn_at = uniforms(slots.seed[drawing], slots.choice[drawing], positions[rows])
+    drawn_at = slots.uniforms_at(drawing, positions[rows])
     reals = upload(np.stack((drawn_at, slots.temperature[drawing], min_p, top_p)), device)
     has_top_p = bool((top_p < 1).any())
     return DrawRows(

@@ -13,10 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from weft.engine.batch import Int32, SequenceStart
+from weft.engine.batch import Int32, Int64, SequenceStart
+from weft.engine.sampling import uniforms
 from weft.runtime.transfer import upload
 
 _NO_LOGPROBS = -1
+_DRAWS_AHEAD = 64
+_NOT_DRAWN = -(1 << 40)
 
 
 class PenaltyPool:
@@ -96,8 +99,12 @@ class SlotTable:
         """-1 where the sequence did not ask."""
         self.num_prompt_logprobs = np.full(num_slots, _NO_LOGPROBS, np.int64)
         self.penalty_row = np.full(num_slots, -1, np.int64)
+        self.edits_scores = np.zeros(num_slots, np.bool_)
+        """Whether anything changes the sequence's scores before a token is chosen."""
         self.is_special = np.zeros(num_slots, np.bool_)
         """Whether sampling takes more than the likeliest token of the raw logits."""
+        self._draws = np.zeros((num_slots, _DRAWS_AHEAD))
+        self._draws_begin = np.full(num_slots, _NOT_DRAWN, np.int64)
         self.prompt: list[Int32] = [np.empty(0, np.int32)] * num_slots
         self.bans: list[npt.NDArray[np.int64] | None] = [None] * num_slots
         self.bias: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None]
@@ -109,6 +116,27 @@ class SlotTable:
             self._free(slot)
         for start in starts:
             self._start(start)
+
+    def uniforms_at(self, slots: Int32, positions: Int64) -> npt.NDArray[np.float64]:
+        """The random number [C] of each sequence's token at its position.
+
+        Many positions cost as much to draw as one, so a few are drawn ahead; being a function of
+        (seed, choice, position) alone, they are the same whenever they are drawn.
+        """
+        index = positions - self._draws_begin[slots]
+        stale = np.flatnonzero((index < 0) | (index >= _DRAWS_AHEAD))
+        if len(stale):
+            late = slots[stale]
+            ahead = (positions[stale, None] + np.arange(_DRAWS_AHEAD)).ravel()
+            drawn = uniforms(
+                np.repeat(self.seed[late], _DRAWS_AHEAD),
+                np.repeat(self.choice[late], _DRAWS_AHEAD),
+                ahead,
+            )
+            self._draws[late] = drawn.reshape(-1, _DRAWS_AHEAD)
+            self._draws_begin[late] = positions[stale]
+            index[stale] = 0
+        return self._draws[slots, index]
 
     def _free(self, slot: int) -> None:
         row = int(self.penalty_row[slot])
@@ -144,13 +172,10 @@ class SlotTable:
         if params.has_penalties:
             output = start.token_ids[start.num_prompt_tokens :]
             self.penalty_row[slot] = self.penalty_pool.take(prompt, output)
-        self.is_special[slot] = (
-            not params.is_greedy
-            or params.logprobs is not None
-            or params.has_penalties
-            or has_bans
-            or bool(params.logit_bias)
-        )
+        edits = params.has_penalties or has_bans or bool(params.logit_bias)
+        self.edits_scores[slot] = edits
+        self.is_special[slot] = edits or not params.is_greedy or params.logprobs is not None
+        self._draws_begin[slot] = _NOT_DRAWN
 
     def record(self, slots: Int32, tokens: Tensor, paying: PenalisedRows | None) -> None:
         """Remember what was sampled: tokens [S] int32 of slots [S]."""
