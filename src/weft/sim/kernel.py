@@ -3,12 +3,14 @@
 Tie order. Events of one instant are all handled before any message that became ready at that
 instant is given a link: first task ends by row, then arrivals by message, then second hops by
 message, then (without overlap) departures by message. The messages are then served by (ready time,
-sender stage, sender micro-batch, row). Tasks and messages of no duration make further rounds at the
+sender stage, sender micro-batch, row); one that gets its first resource at once reaches its second
+in that order too. Tasks and messages of no duration make further rounds at the
 same instant. No other order exists, so equal inputs give bit-identical results.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,29 +119,19 @@ class _Kernel:
 
     def run(self) -> KernelResult:
         """Handle events until none is left."""
-        num_tasks, num_messages = len(self.start_s), len(self.target)
-        for task, count in enumerate(self.missing):
-            if not count:
-                self._start(task, 0.0)
-        events, ready, pop = self.events, self.ready, heapq.heappop
-        num_ended = 0
-        while events:
-            now, event = pop(events)
-            if event < num_tasks:
-                num_ended += 1
-                self._end(event, now)
-            elif event < num_tasks + num_messages:
-                self._satisfy(self.target[event - num_tasks], now)
-            elif event < num_tasks + 2 * num_messages:
-                self._hop(event - num_tasks - num_messages, now)
-            else:
-                self._left(event - num_tasks - 2 * num_messages, now)
-            if ready and (not events or events[0][0] > now):
-                self._serve(now)
-        if num_ended < num_tasks:
+        # Millions of live tuples make the cyclic collector scan in vain; nothing here is a cycle.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            num_ended = self._loop()
+        finally:
+            if collects:
+                gc.enable()
+        if num_ended < len(self.start_s):
             raise ScheduleError(
-                f"schedule {self.tasks.schedule.name!r} cannot finish: {num_tasks - num_ended} of "
-                f"{num_tasks} actions wait for each other (`check_deadlock` names them)"
+                f"schedule {self.tasks.schedule.name!r} cannot finish: "
+                f"{len(self.start_s) - num_ended} of {len(self.start_s)} actions wait for each "
+                "other (`check_deadlock` names them)"
             )
         return KernelResult(
             start_s=np.array(self.start_s),
@@ -148,60 +140,94 @@ class _Kernel:
             message_arrival_s=np.array(self.message_arrival_s),
         )
 
-    def _satisfy(self, task: int, now: float) -> None:
-        """One of the things that `task` waits for has happened."""
-        self.missing[task] -= 1
-        if not self.missing[task]:
-            self._start(task, now)
+    def _loop(self) -> int:
+        """Handle events in order; the number of tasks that ended.
 
-    def _start(self, task: int, now: float) -> None:
-        self.start_s[task] = now
+        Event codes: a task ends, a message arrives, it reaches its second resource, it has left.
+        """
+        num_tasks, num_messages = len(self.start_s), len(self.target)
+        arrived, hopped = num_tasks + num_messages, num_tasks + 2 * num_messages
+        events, ready, missing, unblocked = self.events, self.ready, self.missing, list[int]()
+        first, edge_target, edge_message = self.first, self.edge_target, self.edge_message
+        following, target, end_s = self.following, self.target, self.end_s
+        start_s, duration_s, bubbles = self.start_s, self.duration_s, self.bubbles
+        pop, push = heapq.heappop, heapq.heappush
+        num_ended = 0
+        for task, count in enumerate(missing):
+            if not count:
+                push(events, (self._duration(task, 0.0), task))
+        while events:
+            now, event = pop(events)
+            if event < num_tasks:
+                num_ended += 1
+                end_s[event] = now
+                num_sent = 0
+                for edge in range(first[event], first[event + 1]):
+                    message = edge_message[edge]
+                    if message < 0:
+                        unblocked.append(edge_target[edge])
+                    else:
+                        ready.append(message)
+                        num_sent += 1
+                after = following[event]
+                if after >= 0:
+                    if self.overlap or not num_sent:
+                        unblocked.append(after)
+                    else:
+                        self.held[event] = num_sent
+            elif event < arrived:
+                unblocked.append(target[event - num_tasks])
+            elif event < hopped:
+                self._hop(event - arrived, now)
+            else:
+                unblocked += self._left(event - hopped)
+            for task in unblocked:
+                missing[task] -= 1
+                if not missing[task]:
+                    start_s[task] = now
+                    seconds = duration_s[task] if not bubbles else self._duration(task, now)
+                    push(events, (now + seconds, task))
+            unblocked.clear()
+            if ready and (not events or events[0][0] > now):
+                self._serve(now)
+        return num_ended
+
+    def _duration(self, task: int, now: float) -> float:
+        """Seconds of a task that starts now; a BUBBLE asks what runs in it."""
         if task in self.bubbles and self.on_bubble is not None:
             self.duration_s[task] = self.on_bubble(task, now)
-        heapq.heappush(self.events, (now + self.duration_s[task], task))
-
-    def _end(self, task: int, now: float) -> None:
-        self.end_s[task] = now
-        num_sent = 0
-        for edge in range(self.first[task], self.first[task + 1]):
-            message = self.edge_message[edge]
-            if message < 0:
-                self._satisfy(self.edge_target[edge], now)
-            else:
-                self.ready.append(message)
-                num_sent += 1
-        after = self.following[task]
-        if after >= 0:
-            if self.overlap or not num_sent:
-                self._satisfy(after, now)
-            else:
-                self.held[task] = num_sent
+        return self.duration_s[task]
 
     def _serve(self, now: float) -> None:
         """Give links to the messages that became ready now, in the documented order."""
-        batch = self.ready[:]
-        self.ready.clear()
+        batch = self.ready
         if len(batch) > 1:
             batch.sort(key=self.rank.__getitem__)
         num_tasks, num_messages = len(self.start_s), len(self.target)
         for message in batch:
             hop, start_s = self.first_hop[message], now
             if hop >= 0:
-                start_s = max(now, self.free_s[hop])
+                free_s = self.free_s[hop]
+                if free_s > now:
+                    start_s = free_s
                 self.free_s[hop] = start_s + self.occupancy_s[message]
             self.message_start_s[message] = start_s
-            if self.second_hop[message] >= 0:
+            if self.second_hop[message] < 0:
+                self._arrive(message, start_s)
+            elif start_s > now:
                 heapq.heappush(self.events, (start_s, num_tasks + num_messages + message))
             else:
-                self._arrive(message, start_s)
+                self._hop(message, now)
             if not self.overlap:
                 left_s = start_s + self.occupancy_s[message]
                 heapq.heappush(self.events, (left_s, num_tasks + 2 * num_messages + message))
+        batch.clear()
 
     def _hop(self, message: int, now: float) -> None:
         """The message reaches its second resource, queued by when it got the first."""
-        hop = self.second_hop[message]
-        start_s = max(now, self.free_s[hop])
+        hop, start_s = self.second_hop[message], now
+        if self.free_s[hop] > now:
+            start_s = self.free_s[hop]
         self.free_s[hop] = start_s + self.occupancy_s[message]
         self._arrive(message, start_s)
 
@@ -210,9 +236,8 @@ class _Kernel:
         self.message_arrival_s[message] = arrival_s
         heapq.heappush(self.events, (arrival_s, len(self.start_s) + message))
 
-    def _left(self, message: int, now: float) -> None:
+    def _left(self, message: int) -> list[int]:
         """Without overlap: the sender goes on when the last of its messages has left."""
         task = self.sender[message]
         self.held[task] -= 1
-        if not self.held[task]:
-            self._satisfy(self.following[task], now)
+        return [] if self.held[task] else [self.following[task]]
