@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 
 from plan.longest_path import Key, inputs
-
 from weft.plan.train_plan import TrainPlan
 
 
