@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -27,8 +28,10 @@ plan = chain({n}, {m}, cluster=nodes_cluster([8] * ({n} // 8), link, link), edge
 started = time.perf_counter()
 timeline = simulate(plan)
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps(dict(seconds=seconds, peak_bytes=peak, actions=len(timeline),
+usage = resource.getrusage(resource.RUSAGE_SELF)
+peak = usage.ru_maxrss * 1024
+print(json.dumps(dict(seconds=seconds, cpu_seconds=usage.ru_utime + usage.ru_stime,
+                      peak_bytes=peak, actions=len(timeline),
                       messages=len(timeline.messages), step_time_s=timeline.step_time_s)))
 """
 
@@ -48,8 +51,6 @@ print(json.dumps(dict(seconds=seconds, peak_bytes=peak, ops=len(graph.ops),
 def speed(plans: ModuleType, repeats: int) -> Findings:
     """Actions per second of the event kernel (a whole `simulate`) and of the replay."""
     found = Findings()
-    import time
-
     plan = plans.chain(64, 256, backward_s=2.0)
     schedule = generate(plan)
     kernel: list[float] = []
