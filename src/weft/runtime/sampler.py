@@ -21,6 +21,8 @@ from weft.runtime.transfer import upload
 
 _CACHED_SCORES = 1 << 16
 """Scores worked on at once on a CPU: more would fall out of its cache between two operations."""
+_SHORT_VOCABULARY = 4096
+_NUMPY_DTYPES = (torch.float32, torch.float64)
 _DRAW_BLOCK = 64
 """Tokens whose sum is searched before the tokens themselves."""
 
@@ -62,11 +64,11 @@ class Sampled:
 
 def sample(logits: Tensor, plan: SamplingPlan) -> Sampled:
     """Choose one token for each row of logits [S, V]."""
-    if plan.is_plain and logits.device.type == "cpu" and logits.dtype is not torch.bfloat16:
+    if plan.is_plain and logits.device.type == "cpu" and logits.dtype in _NUMPY_DTYPES:
         return _take_likeliest(logits)
     best = logits.max(dim=-1)
     if plan.is_plain:
-        return _checked(best.values, best.indices, None)
+        return _checked(best.values, best.indices)
     wide = logits if logits.dtype is torch.float64 else logits.float()
     best_values, tokens = best.values, best.indices
     if plan.edits is not None:
@@ -78,7 +80,7 @@ def sample(logits: Tensor, plan: SamplingPlan) -> Sampled:
         scores = wide
     if plan.draws is not None:
         tokens[plan.draws.rows] = draw(scores, plan.draws)
-    sampled = _checked(best_values, tokens, None)
+    sampled = _checked(best_values, tokens)
     if plan.logprob_rows is None:
         return sampled
     rows = upload(plan.logprob_rows, wide.device)
@@ -98,9 +100,9 @@ def _take_likeliest(logits: Tensor) -> Sampled:
     )
 
 
-def _checked(best: Tensor, tokens: Tensor, logprobs: RankedLogprobs | None) -> Sampled:
+def _checked(best: Tensor, tokens: Tensor) -> Sampled:
     is_ok = best.isfinite()
-    return Sampled(tokens=torch.where(is_ok, tokens, 0).int(), is_ok=is_ok, logprobs=logprobs)
+    return Sampled(tokens=torch.where(is_ok, tokens, 0).int(), is_ok=is_ok, logprobs=None)
 
 
 def edit_scores(logits: Tensor, edits: ScoreEdits) -> Tensor:
@@ -160,8 +162,8 @@ def _draw_block(scores: Tensor, draws: DrawRows) -> Tensor:
         least = draws.min_p.to(shares.dtype)[:, None] * shares.amax(dim=-1, keepdim=True)
         shares = shares.masked_fill_(shares < least, 0)
     if not draws.has_cuts:
-        return _invert_in_blocks(shares, draws.uniforms)
-    return _invert_in_blocks(_cut(shares, draws), draws.uniforms)
+        return _invert(shares, draws.uniforms)
+    return _invert(_cut(shares, draws), draws.uniforms)
 
 
 def _cut(shares: Tensor, draws: DrawRows) -> Tensor:
@@ -190,23 +192,37 @@ def _falling(shares: Tensor) -> Tensor:
     return shares.sort(dim=-1, descending=True).values
 
 
-def _invert_in_blocks(shares: Tensor, uniforms: Tensor) -> Tensor:
-    """`_invert` for a whole vocabulary [C, V]: first the block of tokens, then the token; [C]."""
+def _invert(shares: Tensor, uniforms: Tensor) -> Tensor:
+    """The token [C] at which the running sum of shares [C, V] passes u times their sum."""
     vocab_size = shares.shape[1]
+    if vocab_size <= _SHORT_VOCABULARY:
+        running = shares.double().cumsum(dim=-1)
+        return _first_beyond(running, _share_of_last(running, uniforms[:, None]))[:, 0]
+    # First the block of tokens, then the token: a running sum of all of them is slow to take.
     padded = torch.nn.functional.pad(shares, (0, -vocab_size % _DRAW_BLOCK))
     blocks = padded.unflatten(1, (-1, _DRAW_BLOCK))
     sums = blocks.double().sum(dim=-1)
     running = sums.cumsum(dim=-1)
-    total = running[:, -1:]
-    target = torch.minimum(uniforms[:, None] * total, total.nextafter(total.new_zeros(1)))
-    block = torch.searchsorted(running, target, right=True).clamp_(max=sums.shape[1] - 1)
-    before = running.gather(1, block) - sums.gather(1, block)
+    target = _share_of_last(running, uniforms[:, None])
+    block = _first_beyond(running, target)
+    rest = target - (running.gather(1, block) - sums.gather(1, block))
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _DRAW_BLOCK))[:, 0]
-    within = inside.cumsum(dim=-1, dtype=torch.float64)
-    # Summing in another order than the block's sum may miss the last token by a rounding error.
-    rest = torch.minimum(target - before, within[:, -1:].nextafter(total.new_zeros(1)))
-    token = torch.searchsorted(within, rest.clamp_(min=0), right=True)
+    within = inside.double().cumsum(dim=-1)
+    rest = _share_of_last(within, (rest / within[:, -1:]).clamp_(min=0))
+    token = _first_beyond(within, rest)
     return (block * _DRAW_BLOCK + token)[:, 0].clamp_(max=vocab_size - 1)
+
+
+def _share_of_last(running: Tensor, shares: Tensor) -> Tensor:
+    """`shares` [C, 1] of the last of the running sums [C, n]; rounding never makes it the last."""
+    last = running[:, -1:]
+    return torch.minimum(shares * last, last.nextafter(last.new_zeros(1)))
+
+
+def _first_beyond(running: Tensor, target: Tensor) -> Tensor:
+    """Index [C, 1] of the first running sum [C, n] beyond the target [C, 1]."""
+    found = torch.searchsorted(running, target, right=True)
+    return found.clamp_(max=running.shape[1] - 1)
 
 
 def rank(logits: Tensor, tokens: Tensor, num_top: int) -> RankedLogprobs:
