@@ -100,7 +100,12 @@ def assemble(
         search=search or SearchStatistics(),
         notes=tuple(notes),
     )
-    return plan.replace(bottleneck_s=max(stage_times_per_sample_s(table, choices)))
+    # A device that runs several stages is as slow as all of them together.
+    busy_s: dict[tuple[int, ...], float] = {}
+    times = stage_times_per_sample_s(table, choices)
+    for stage, seconds in zip(stages, times, strict=True):
+        busy_s[stage.devices] = busy_s.get(stage.devices, 0.0) + seconds
+    return plan.replace(bottleneck_s=max(busy_s.values()))
 
 
 def stage_times_per_sample_s(table: CostTable, choices: Sequence[StageChoice]) -> list[float]:

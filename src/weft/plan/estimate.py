@@ -21,26 +21,49 @@ def estimate_step_time_s(
     seconds per sample; the form is recovered from three logs of the authors' planner and fits them
     to the printed digits (GraphPipe sheet §2.5). `successors` are those of each stage.
     """
+    path_s = _longest_path(successors, [micro_batch * seconds for seconds in time_per_sample_s])
+    return batch_size * bottleneck_s + path_s
+
+
+def pipeline_s(
+    *,
+    batch_size: int,
+    micro_batch: int,
+    time_per_sample_s: Sequence[float],
+    successors: Sequence[Sequence[int]],
+) -> float:
+    """Seconds of one step without counting the first micro-batch twice: `(B - b) * max + path`.
+
+    On a chain of equal stages this is (m + p - 1)(tf + tb) (Megatron-LM sheet §1).
+    """
+    path_s = _longest_path(successors, [micro_batch * seconds for seconds in time_per_sample_s])
+    return (batch_size - micro_batch) * max(time_per_sample_s) + path_s
+
+
+def _longest_path(successors: Sequence[Sequence[int]], weight: Sequence[float]) -> float:
+    """The largest sum of weights along a path of an acyclic graph."""
     longest: dict[int, float] = {}
-
-    def path_s(stage: int) -> float:
-        if stage not in longest:
-            rest = max((path_s(j) for j in successors[stage]), default=0.0)
-            longest[stage] = micro_batch * time_per_sample_s[stage] + rest
-        return longest[stage]
-
-    return batch_size * bottleneck_s + max(path_s(stage) for stage in range(len(successors)))
+    for start in range(len(successors)):
+        stack = [start]
+        while stack:
+            here = stack[-1]
+            missing = [after for after in successors[here] if after not in longest]
+            if missing:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            longest[here] = weight[here] + max((longest[j] for j in successors[here]), default=0.0)
+    return max(longest.values())
 
 
 def estimate_plan_s(plan: TrainPlan) -> float:
-    """`estimate_step_time_s` of a plan, from its own stage times and messages excluded."""
-    times = [stage.micro_batch_s / stage.micro_batch for stage in plan.stages]
-    return estimate_step_time_s(
+    """`pipeline_s` of a plan, from its own stage times; messages between stages are not counted."""
+    times = [
+        stage.micro_batch_s / stage.micro_batch + stage.all_reduce_s / plan.batch_size
+        for stage in plan.stages
+    ]
+    return pipeline_s(
         batch_size=plan.batch_size,
-        bottleneck_s=max(
-            time + stage.all_reduce_s / plan.batch_size
-            for time, stage in zip(times, plan.stages, strict=True)
-        ),
         micro_batch=plan.micro_batch,
         time_per_sample_s=times,
         successors=plan.successors,

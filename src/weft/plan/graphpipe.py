@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from weft.graph.series_parallel import Composition, SeriesParallel
 from weft.plan.assemble import StageChoice, assemble
@@ -112,17 +112,3 @@ def notes(problem: Problem, search: BottleneckSearch) -> list[str]:
     if problem.effort.timed_out:
         found.append("the time limit was reached: this is the best plan found until then")
     return found
-
-
-def solutions_by_depth(
-    search: BottleneckSearch, micro_batch: int, best: Solution, slack: Sequence[float]
-) -> Iterator[Solution]:
-    """Solutions that trade a slower bottleneck for fewer stages on a path."""
-    solver = search.solver(micro_batch)
-    for factor in slack:
-        if search.effort.is_over:
-            return
-        solution = solver.solve(best.bottleneck_s * factor, search.num_devices)
-        search.effort.num_iterations += 1
-        if solution is not None:
-            yield solution

@@ -1,0 +1,156 @@
+"""Megatron-LM's configuration rules: uniform layers, p x t x d (arXiv 2104.04473 §3; sheet §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from weft.plan.assemble import StageChoice, assemble
+from weft.plan.choose import choose, finished, fits_memory
+from weft.plan.cost_table import divisors
+from weft.plan.infeasible import tightest
+from weft.plan.layers import layer_segments
+from weft.plan.problem import InfeasiblePlanError, Objective, Problem
+from weft.plan.train_plan import TrainPlan
+
+MAX_ASSEMBLED = 24
+"""Configurations that are assembled in full: the best by Megatron's own formula."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Configuration:
+    """Pipeline, tensor and data degree, chunks per device, micro-batch (over all replicas)."""
+
+    p: int
+    t: int
+    d: int
+    v: int
+    micro_batch: int
+    recompute: bool
+    estimate_s: float = 0.0
+
+
+def plan_megatron(problem: Problem) -> TrainPlan:
+    """The best uniform p x t x d configuration of the linearised model.
+
+    Layers are split evenly over p*v stages; t is at most a node's devices; all devices are used.
+    Chosen by `(m + (p-1)/v) * (tf + tb)` plus the gradient all-reduce, then by the objective.
+    Raises InfeasiblePlanError when none fits.
+    """
+    best = choose(problem, candidates(problem))
+    if best is None:
+        constraint = tightest(problem.table, problem.micro_batches)
+        raise InfeasiblePlanError(
+            f"no uniform split of layers over {problem.num_devices} devices fits: {constraint}; "
+            "use method='graphpipe'",
+            constraint,
+        )
+    return finished(problem, best)
+
+
+def candidates(problem: Problem, max_tp: int | None = None) -> Iterator[TrainPlan]:
+    """Plans of the most promising configurations that fit in memory."""
+    segments = layer_segments(problem.table.graph, problem.linear_order)
+    ranked = sorted(
+        (_estimated(problem, segments, c) for c in _configurations(problem, segments, max_tp)),
+        key=lambda c: c.estimate_s,
+    )
+    num_fitting = 0
+    for configuration in ranked:
+        problem.effort.num_candidates += 1
+        plan = to_plan(problem, segments, configuration)
+        # Interleaving sends round the ring of devices, so it needs a model without skips.
+        if plan.schedule == "interleaved" and len(plan.edges) != plan.num_stages - 1:
+            continue
+        if fits_memory(plan):
+            num_fitting += 1
+            yield plan
+        if num_fitting == MAX_ASSEMBLED:
+            return
+
+
+def _configurations(
+    problem: Problem, segments: Sequence[tuple[int, ...]], max_tp: int | None
+) -> Iterator[Configuration]:
+    cluster = problem.table.cluster
+    num_devices = problem.num_devices
+    per_node = min(node.num_devices for node in cluster.nodes)
+    for t in divisors(num_devices, min(per_node, max_tp or per_node)):
+        for p in divisors(num_devices // t, min(num_devices // t, len(segments))):
+            d = num_devices // (t * p)
+            if len(segments) % p:
+                continue
+            for micro_batch in problem.micro_batches:
+                if micro_batch % d:
+                    continue
+                m = problem.table.batch_size // micro_batch
+                for v in divisors(len(segments) // p, len(segments) // p):
+                    if v > 1 and (p == 1 or m % p or problem.objective is Objective.BOTTLENECK):
+                        continue
+                    for recompute in problem.recompute_choices:
+                        yield Configuration(
+                            p=p, t=t, d=d, v=v, micro_batch=micro_batch, recompute=recompute
+                        )
+
+
+def _estimated(
+    problem: Problem, segments: Sequence[tuple[int, ...]], configuration: Configuration
+) -> Configuration:
+    """The configuration with Megatron's formula (sheet §4) evaluated on the slowest stage."""
+    table, c = problem.table, configuration
+    times = table.op_times(c.micro_batch // c.d, c.t)
+    forward_s = times.forward_s * (2 if c.recompute else 1)
+    total_s = forward_s + times.backward_s
+    per_device = len(segments) // c.p
+    # Chunks of a device are not contiguous; on uniform layers every p-th share weighs the same.
+    slowest_s = max(
+        sum(float(total_s[list(segments[i])].sum()) for i in range(start, start + per_device))
+        for start in range(0, len(segments), per_device)
+    )
+    m = table.batch_size // c.micro_batch
+    gradient_bytes = sum(table.training.gradient_bytes(p) for p in table.graph.parameters)
+    ring = range(0, c.d * c.t, c.t)
+    all_reduce_s = (
+        table.cost.all_reduce_s(gradient_bytes / (c.p * c.t), ring, table.cluster)
+        if c.d > 1
+        else 0.0
+    )
+    return Configuration(
+        p=c.p,
+        t=c.t,
+        d=c.d,
+        v=c.v,
+        micro_batch=c.micro_batch,
+        recompute=c.recompute,
+        estimate_s=(m + (c.p - 1) / c.v) * slowest_s + all_reduce_s,
+    )
+
+
+def to_plan(
+    problem: Problem, segments: Sequence[tuple[int, ...]], configuration: Configuration
+) -> TrainPlan:
+    """The plan of a configuration: stage s on device group s mod p."""
+    c = configuration
+    num_stages = c.p * c.v
+    per_stage = len(segments) // num_stages
+    group = c.t * c.d
+    choices = [
+        StageChoice(
+            ops=tuple(op for part in segments[s * per_stage : (s + 1) * per_stage] for op in part),
+            micro_batch=c.micro_batch,
+            dp=c.d,
+            tp=c.t,
+            recompute=c.recompute,
+            devices=tuple(range((s % c.p) * group, (s % c.p + 1) * group)),
+        )
+        for s in range(num_stages)
+    ]
+    return assemble(
+        problem.table,
+        choices,
+        method="megatron",
+        objective=str(problem.objective),
+        schedule="interleaved" if c.v > 1 else "1f1b",
+        sequential=True,
+        notes=[f"p={c.p} t={c.t} d={c.d} v={c.v}"],
+    )
