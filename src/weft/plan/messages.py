@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, overload
 
 import numpy as np
@@ -114,34 +115,70 @@ def _edge_messages(schedule: Schedule, edge: StageEdge, backward: bool) -> dict[
         sender_stage, receiver_stage = receiver_stage, sender_stage
         bytes_per_sample = edge.backward_bytes_per_sample
     sender, receiver = schedule.placements[sender_stage], schedule.placements[receiver_stage]
-    sizes = [
-        schedule.batch_size // (schedule.num_micro_batches[place.stage] * place.dp)
-        for place in (sender, receiver)
-    ]
-    first = np.arange(0, schedule.batch_size, min(sizes))
-    if max(sizes) % min(sizes):
-        first = np.union1d(first, np.arange(0, schedule.batch_size, max(sizes)))
-    num_samples = np.diff(first, append=schedule.batch_size)
-    tp = receiver.tp
-    first, num_samples = np.repeat(first, tp), np.repeat(num_samples, tp)
-    receiver_rank = np.tile(np.arange(tp), len(first) // tp)
-    sender_rank = receiver_rank * sender.tp // receiver.tp
-    sender_replica, receiver_replica = first // sizes[0], first // sizes[1]
+    pieces = _pieces(
+        schedule.batch_size,
+        _Grid.of(schedule, sender),
+        _Grid.of(schedule, receiver),
+    )
+    count = len(pieces.first_sample)
     return {
-        "backward": np.full(len(first), backward),
-        "sender_stage": np.full(len(first), sender_stage, dtype=np.int32),
-        "receiver_stage": np.full(len(first), receiver_stage, dtype=np.int32),
-        "sender_micro_batch": (sender_replica // sender.dp).astype(np.int32),
-        "receiver_micro_batch": (receiver_replica // receiver.dp).astype(np.int32),
-        "sender": _devices(sender, sender_replica, sender_rank),
-        "receiver": _devices(receiver, receiver_replica, receiver_rank),
-        "first_sample": first,
-        "num_samples": num_samples,
-        "num_bytes": num_samples * bytes_per_sample,
+        "backward": np.full(count, backward),
+        "sender_stage": np.full(count, sender_stage, dtype=np.int32),
+        "receiver_stage": np.full(count, receiver_stage, dtype=np.int32),
+        "sender_micro_batch": pieces.sender_micro_batch,
+        "receiver_micro_batch": pieces.receiver_micro_batch,
+        "sender": np.array(sender.devices, dtype=np.int32)[pieces.sender_slot],
+        "receiver": np.array(receiver.devices, dtype=np.int32)[pieces.receiver_slot],
+        "first_sample": pieces.first_sample,
+        "num_samples": pieces.num_samples,
+        "num_bytes": pieces.num_samples * bytes_per_sample,
     }
 
 
-def _devices(
-    place: Placement, replica: NDArray[np.int64], rank: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    return np.array(place.devices, dtype=np.int32)[replica % place.dp * place.tp + rank]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Grid:
+    """How a stage cuts the batch: samples of a replica's share of a micro-batch, and degrees."""
+
+    share: int
+    dp: int
+    tp: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, place: Placement) -> _Grid:
+        dp = place.dp
+        share = schedule.batch_size // (schedule.num_micro_batches[place.stage] * dp)
+        return cls(share=share, dp=dp, tp=place.tp)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pieces:
+    """Largest runs of samples with one owner on either side; slots index a stage's devices."""
+
+    first_sample: NDArray[np.int64]
+    num_samples: NDArray[np.int64]
+    sender_micro_batch: NDArray[np.int32]
+    receiver_micro_batch: NDArray[np.int32]
+    sender_slot: NDArray[np.int64]
+    receiver_slot: NDArray[np.int64]
+
+
+# The edges of a plan, and the candidates of a planner, mostly cut the batch alike.
+@lru_cache(maxsize=64)
+def _pieces(batch_size: int, sender: _Grid, receiver: _Grid) -> _Pieces:
+    shares = (sender.share, receiver.share)
+    first = np.arange(0, batch_size, min(shares))
+    if max(shares) % min(shares):
+        first = np.union1d(first, np.arange(0, batch_size, max(shares)))
+    num_samples = np.repeat(np.diff(first, append=batch_size), receiver.tp)
+    first = np.repeat(first, receiver.tp)
+    receiver_rank = np.tile(np.arange(receiver.tp), len(first) // receiver.tp)
+    sender_rank = receiver_rank * sender.tp // receiver.tp
+    sent, received = first // sender.share, first // receiver.share
+    return _Pieces(
+        first_sample=first,
+        num_samples=num_samples,
+        sender_micro_batch=(sent // sender.dp).astype(np.int32),
+        receiver_micro_batch=(received // receiver.dp).astype(np.int32),
+        sender_slot=sent % sender.dp * sender.tp + sender_rank,
+        receiver_slot=received % receiver.dp * receiver.tp + receiver_rank,
+    )

@@ -5,6 +5,8 @@ Every function returns the program of one optimizer step of one stage; nothing h
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,17 +43,22 @@ def k_forward_k_backward(stage: int, num_micro_batches: int, in_flight: int, k: 
             f"stage {stage} keeps {in_flight} micro-batches in flight but runs k = {k} backwards "
             f"in a row; it needs at least k in flight"
         )
+    order = _alternating(num_micro_batches, min(in_flight, num_micro_batches), k)
+    return Program.from_columns(kind=order[0], stage=stage, micro_batch=order[1])
+
+
+# Stages and candidate plans share few shapes of order.
+@lru_cache(maxsize=256)
+def _alternating(
+    num_micro_batches: int, warm_up: int, k: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Kinds and micro-batches: `warm_up` forwards, then groups of k backwards and k forwards."""
     index = np.arange(num_micro_batches)
-    warm_up = min(in_flight, num_micro_batches)
     forward_group = np.where(index < warm_up, -1, 2 * ((index - warm_up) // k) + 1)
     backward_group = 2 * (index // k)
     # Groups alternate; within one, micro-batches ascend, which a stable sort keeps.
     order = np.argsort(np.concatenate([forward_group, backward_group]), kind="stable")
-    return Program.from_columns(
-        kind=np.repeat([F, B], num_micro_batches)[order],
-        stage=stage,
-        micro_batch=np.concatenate([index, index])[order],
-    )
+    return np.repeat([F, B], num_micro_batches)[order], np.concatenate([index, index])[order]
 
 
 def split_backward(program: Program, delay: int) -> Program:
