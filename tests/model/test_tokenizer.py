@@ -119,6 +119,13 @@ def test_special_tokens_are_skipped_only_when_asked() -> None:
     assert BYTE_LEVEL.decode([eos], skip_special_tokens=False) == "</s>"
 
 
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["level", "fallback"])
+def test_ids_of_a_padded_output_layer_stand_for_nothing(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("hello", add_special_tokens=False)
+    stream = tokenizer.stream()
+    assert stream.push([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 7]) == "hello"
+
+
 def test_token_bytes_concatenate_to_the_text() -> None:
     text = "wörld 😀 tool call"
     ids = BYTE_LEVEL.encode(text, add_special_tokens=False)

@@ -17,6 +17,11 @@ class Vocabulary(Protocol):
     """What a stream needs of a tokenizer."""
 
     @property
+    def vocab_size(self) -> int:
+        """Ids from here on stand for nothing; a padded output layer may give them."""
+        ...
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids left out where special tokens are skipped."""
         ...
@@ -112,6 +117,8 @@ class WindowStream:
     def push(self, token_ids: Iterable[int]) -> str:
         out: list[str] = []
         for token_id in token_ids:
+            if token_id >= self._vocabulary.vocab_size:
+                continue
             self._ids.append(token_id)
             out.append(self._advance(final=False))
         return "".join(out)
