@@ -3,7 +3,7 @@
 All throughputs and step times are simulated; search and simulation speeds are measured here. Every
 point is printed, losing ones too. Parts can be run alone; `--json` of a partial run is partial.
 
-    python benchmarks/plan.py --json plan-cpu.json --markdown plan-cpu.md
+    python benchmarks/plan.py --json plan-cpu.json --markdown plan-cpu.md --figures figures
     python benchmarks/plan.py --quick
     python benchmarks/plan.py --only grid,branches
 """
@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from plan_bench import best_step, exactness, reproduction, scale, search
+from plan_bench.figures import draw
 from plan_bench.report import print_tables, write_markdown
 from plan_bench.setting import Findings
 from rows import describe_machine, print_rows, write_json
@@ -67,6 +68,8 @@ def main() -> None:
         }
         if options.json is not None:
             write_json(options.json, found.rows, machine, **extra)
+        if options.figures is not None:
+            draw(found, options.figures)
         if options.markdown is not None:
             write_markdown(options.markdown, found, machine, extra["command"], seconds)
 
@@ -142,6 +145,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", help="parts to run, separated by commas")
     parser.add_argument("--json", type=Path, help="write rows and tables; - for stdout")
     parser.add_argument("--markdown", type=Path, help="write a readable report")
+    parser.add_argument("--figures", type=Path, help="draw the paper's figures into this folder")
     return parser.parse_args()
 
 
