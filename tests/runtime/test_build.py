@@ -83,6 +83,22 @@ def test_a_cache_too_small_for_one_sequence_names_the_bytes_that_do(directory: P
         )
 
 
+def test_a_context_too_long_for_the_memory_at_hand_is_cut_with_a_warning(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "free_memory_bytes", lambda device: 250_000)
+    settings = {"model": str(directory), "device": "cpu", "max_num_batched_tokens": 16}
+    built = build_executor(ExecutorConfig(**settings))
+    cut = built.resolved.max_model_len
+    assert 16 <= cut < 128
+    assert f"max_model_len is {cut} instead of the model's 128" in caplog.text
+    layout, num_pages = built.context.layout, built.executor.info.num_pages
+    assert layout.pages_for_sequence(cut, 16) < num_pages
+    assert layout.pages_for_sequence(cut + 16, 16) >= num_pages
+    with pytest.raises(OutOfMemoryError, match="there is room for"):
+        build_executor(ExecutorConfig(**settings, max_model_len=128))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from weft.model.kernels.select import choose_kernels
 from weft.model.loading import load_weights
 from weft.model.tokenizer import Tokenizer
 from weft.runtime.device_context import DeviceContext, create_context
-from weft.runtime.kv_layout import KvLayout, kv_layout
+from weft.runtime.kv_layout import PAGE_TOKENS, KvLayout, kv_layout
 from weft.runtime.memory import format_bytes, free_memory_bytes
 from weft.runtime.torch_executor import TorchExecutor
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {
     "float64": torch.float64,
@@ -114,6 +118,7 @@ def build_executor(config: ExecutorConfig) -> BuiltModel:
     """
     path = resolve_model(config.model)
     model_config = ModelConfig.from_directory(path)
+    _check_length(config, model_config)
     generation = GenerationDefaults.from_directory(path, model_config)
     tokenizer = Tokenizer.from_directory(path)
     if config.num_threads is not None:
@@ -203,6 +208,14 @@ def _has_fast_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _check_length(config: ExecutorConfig, model_config: ModelConfig) -> None:
+    limit = model_config.max_context
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the model's context is {limit} tokens"
+        )
+
+
 def resolve_sizes(
     config: ExecutorConfig,
     path: Path,
@@ -212,16 +225,13 @@ def resolve_sizes(
 ) -> ResolvedConfig:
     """Settle lengths and the size of the cache, once the weights are in place.
 
+    A context too long for the memory at hand is cut, with a warning, where neither its length nor
+    the memory was set.
+
     Raises:
-        ConfigError: max_model_len is beyond the model's context.
         OutOfMemoryError: the cache cannot hold one sequence.
     """
     max_model_len = config.max_model_len or model_config.max_context
-    if max_model_len > model_config.max_context:
-        raise ConfigError(
-            f"max_model_len is {max_model_len}; the model's context is "
-            f"{model_config.max_context} tokens"
-        )
     max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
     max_num_batched_tokens = config.max_num_batched_tokens or max(
         _MAX_NUM_BATCHED_TOKENS[device.type], max_num_seqs
@@ -234,6 +244,9 @@ def resolve_sizes(
         # More than all slots can fill would only be a larger prefix cache.
         full_bytes = (1 + max_num_seqs * one) * layout.page_bytes
         num_pages = min(free, _CACHE_CAP_BYTES[device.type], full_bytes) // layout.page_bytes
+        if config.max_model_len is None and num_pages <= one:
+            max_model_len = _longest(layout, num_pages, max_model_len, max_num_batched_tokens)
+            one = layout.pages_for_sequence(max_model_len, max_num_batched_tokens)
     if num_pages < 1 + one:
         _refuse_small_cache(config, max_model_len, num_pages, 1 + one, layout)
     return ResolvedConfig(
@@ -245,6 +258,23 @@ def resolve_sizes(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory_bytes=num_pages * layout.page_bytes,
     )
+
+
+def _longest(layout: KvLayout, num_pages: int, context: int, chunk: int) -> int:
+    """The longest sequence, in whole pages, that fits beside the null page; at least one page."""
+    lengths = range(PAGE_TOKENS, context, PAGE_TOKENS)
+    fitting = bisect_right(
+        lengths, num_pages - 1, key=lambda n: layout.pages_for_sequence(n, chunk)
+    )
+    longest = lengths[max(0, fitting - 1)]
+    _log.warning(
+        "max_model_len is %d instead of the model's %d: the KV cache has %s; set max_model_len or "
+        "kv_cache_memory_bytes to choose",
+        longest,
+        context,
+        format_bytes(num_pages * layout.page_bytes),
+    )
+    return longest
 
 
 def _refuse_small_cache(
