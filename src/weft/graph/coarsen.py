@@ -52,6 +52,8 @@ def coarsen(graph: Graph, max_blocks: int = 150) -> Graph:
 def _by_modules(graph: Graph, start: _Contraction, max_blocks: int) -> _Contraction:
     """`start` with every module below a threshold of work contracted; see the head of this file."""
     pieces = _module_pieces(graph)
+    if not pieces:
+        return start
     work = {op.id: op_work(op) for op in graph.ops}
     weights = [sum(work[i] for i in piece) for piece in pieces]
     # Equal modules differ by rounding of sums only.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class _Cutter:
         self.copied: dict[Node, Node] = {}
         self.inputs: list[BlockInput] = []
         self.writes_inputs = False
+        self.regions: dict[str, GraphModule] = {}
         edges = capture.graph.edges
         self.grad_sources = {e.source for e in edges if e.needs_grad and e.target in self.members}
 
@@ -105,6 +107,8 @@ class _Cutter:
         outputs = [self.copied[n] for n in nodes if self._leaves(n)]
         self.graph.output(tuple(outputs))
         module = GraphModule(self.capture.program.graph_module, self.graph)
+        for name, region in self.regions.items():
+            setattr(module, name, region)
         return BlockProgram(
             module=module,
             inputs=tuple(self.inputs),
@@ -173,18 +177,38 @@ class _Cutter:
         return self.copied[node]
 
     def _copy_one(self, node: Node) -> Node:
-        copy = self.graph.node_copy(node, self.copied.__getitem__)
-        # Captured on meta tensors, a program makes its tables there; here they are real.
-        copy.kwargs = pytree.tree_map_only(torch.device, lambda _: self.device, dict(copy.kwargs))
-        copy.args = tuple(pytree.tree_map_only(torch.device, lambda _: self.device, copy.args))
+        copied = self.graph.node_copy(node, self.copied.__getitem__)
+        _move(copied, self.device)
+        if node.op == "get_attr":
+            self._copy_region(str(node.target))
         schema = getattr(node.target, "_schema", None)
         first = schema.arguments[0].alias_info if schema and schema.arguments else None
         self.writes_inputs = self.writes_inputs or bool(first and first.is_write)
-        return copy
+        return copied
+
+    def _copy_region(self, name: str) -> None:
+        """Keep a copy of a sub-graph (a no-grad region) that makes its tables on the device."""
+        region = getattr(self.capture.program.graph_module, name, None)
+        if not isinstance(region, GraphModule):
+            return
+        region = copy.deepcopy(region)
+        for node in list(region.graph.nodes):
+            if "_assert_tensor_metadata" in str(node.target):
+                region.graph.erase_node(node)
+            else:
+                _move(node, self.device)
+        region.recompile()
+        self.regions[name] = region
 
     def _leaves(self, node: Node) -> bool:
         users = [u for u in node.users if "_assert" not in str(u.target)]
         return not users or any(u not in self.copied for u in users)
+
+
+def _move(node: Node, device: torch.device) -> None:
+    """Captured on meta tensors, a program makes its tables there; here they are real."""
+    node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, dict(node.kwargs))
+    node.args = tuple(pytree.tree_map_only(torch.device, lambda _: device, node.args))
 
 
 def _describe(value: Tensor, is_weight: bool, needs_grad: bool) -> BlockInput:

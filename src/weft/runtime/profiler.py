@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.base.errors import ConfigError, OutOfMemoryError
+from weft.base.errors import ConfigError, OutOfMemoryError, UnsupportedError
 from weft.cost.profiled import BlockProfile, BlockTimes
 from weft.graph.capture import Capture
 from weft.graph.coarsen import coarsen
@@ -121,6 +121,13 @@ def _measure_block(
                     "profile smaller sizes, or raise --max-blocks for smaller blocks"
                 ) from None
             break
+        except RuntimeError as error:
+            if size == capture.batch:
+                raise
+            raise UnsupportedError(
+                f"block {op.id!r} runs at batch {capture.batch} but not at {size}: "
+                f"{str(error).splitlines()[0]}; profile with --batch-sizes {capture.batch}"
+            ) from error
         sizes.append(size)
         forward_s.append(statistics.median(run.forward_s for run in runs))
         backward_s.append(statistics.median(run.backward_s for run in runs))
