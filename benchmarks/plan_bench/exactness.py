@@ -50,7 +50,7 @@ def oracle(graphs: ModuleType, longest_path: ModuleType, num_cases: int, seed: i
                 case.cluster,
                 cost=graphs.ToyCost(),
                 objective="bottleneck",
-                recompute_choices=case.recompute_choices,
+                per_stage_recompute=len(case.recompute_choices) > 1,
                 **arguments,
             )
         except WeftError:
