@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,12 +186,14 @@ def _print(rows: Sequence[Row], setting: Setting) -> None:
         f"objective {setting.objective} (simulated)"
     )
     columns = ("method", "step time", "samples/s", "bubble", "peak memory")
-    for column in (*columns, "stages", "depth", "micro-batch", "search", "notes"):
-        table.add_column(column, justify="left" if column in ("method", "notes") else "right")
+    for column in (*columns, "stages", "depth", "micro-batch", "search"):
+        justify = "left" if column == "method" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     best_s = min((row.step_time_s for row in rows if row.step_time_s is not None), default=None)
-    for row in sorted(rows, key=lambda row: (row.step_time_s is None, row.step_time_s or 0.0)):
+    ranked = sorted(rows, key=lambda row: (row.step_time_s is None, row.step_time_s or 0.0))
+    for row in ranked:
         if row.step_time_s is None:
-            table.add_row(row.method, *["–"] * 7, seconds(row.search_time_s or 0.0), row.reason)
+            table.add_row(row.method, *["–"] * 7, seconds(row.search_time_s or 0.0))
             continue
         times = "" if row.step_time_s == best_s else f" ({row.step_time_s / (best_s or 1):.2f}×)"
         table.add_row(
@@ -203,6 +206,10 @@ def _print(rows: Sequence[Row], setting: Setting) -> None:
             str(row.depth),
             str(row.micro_batch),
             seconds(row.search_time_s or 0.0),
-            row.reason,
         )
-    Console().print(table)
+    # A pipe or a file has no width to fit: a cut table is of no use there.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+    for row in ranked:
+        if row.reason:
+            console.print(f"{row.method}: {row.reason}", highlight=False)

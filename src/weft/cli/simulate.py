@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -176,7 +177,7 @@ def _critical_seconds(timeline: Timeline) -> dict[str, float]:
 
 
 def _print(plan: TrainPlan, timeline: Timeline, with_path: bool) -> None:
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     table = Table(title=f"{plan.graph_name} by {plan.method} on {plan.cluster.name} (simulated)")
     for column in ("step time", "samples/s", "bubble", "peak memory", "stages", "depth"):
         table.add_column(column, justify="right")
