@@ -16,7 +16,7 @@ from serve.fake_engine import greedy_text
 
 CONCURRENCY = 16
 WARM_UP_SHARE = 0.2
-MAX_GROWTH_BYTES = 24 * 2**20
+MAX_GROWTH_BYTES = 8 * 2**20
 """Of API process and engine together, from warm-up to the end of the long run."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 import shutil
@@ -106,7 +107,8 @@ class Mailbox:
             finally:
                 self._waiter = None
         if self._error is not None:
-            raise self._error
+            # A copy: the original would hold this frame, which holds the mailbox, which holds it.
+            raise copy.copy(self._error)
         updates, self._updates = self._updates, []
         return updates
 
@@ -234,7 +236,7 @@ class EngineClient:
             EngineDeadError: the engine is gone.
         """
         if self.death is not None:
-            raise self.death
+            raise copy.copy(self.death)
         mailbox = Mailbox(only_when_finished=only_when_finished)
         for request in requests:
             live = LiveRequest(request, mailbox)

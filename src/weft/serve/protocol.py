@@ -24,7 +24,14 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 class Body(BaseModel):
     """Strict types; unknown keys are kept, so that they can be refused (or warned of) by name."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        strict=True,
+        extra="allow",
+        frozen=True,
+        hide_input_in_errors=True,
+        # Prompts rarely come twice: a cache of them would only hold memory.
+        cache_strings="none",
+    )
 
     def unknown_keys(self, prefix: str = "") -> Iterator[str]:
         """Keys that no field takes, nested ones by their path."""
