@@ -11,6 +11,7 @@ from weft.cost.roofline import RooflineCost
 from weft.graph.coarsen import coarsen
 from weft.graph.graph import Edge, Graph, Op
 from weft.model.zoo.registry import load
+from weft.plan.api import plan
 from zoo_sizes import SMALL
 
 
@@ -74,3 +75,29 @@ def test_any_limit_is_reached(max_blocks: int) -> None:
 def test_a_limit_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_blocks is 0"):
         coarsen(chain(3), 0)
+
+
+def test_a_light_loss_is_one_block_with_the_join_before_it() -> None:
+    blocks = coarsen(load("case-study").graph())
+    (loss,) = [op for op in blocks.ops if op.is_loss]
+    assert [m.split(":")[0] for m in loss.members][-2:] == [".", "loss"]
+    assert len(blocks.predecessors[loss.id]) == 2
+
+
+@pytest.mark.parametrize("name", ["case-study", "candle-uno", "dlrm", "unet", "clip", "mmt"])
+def test_the_optimum_over_blocks_is_within_two_percent(name: str) -> None:
+    model = load(name)
+    graph = model.graph()
+    blocks = coarsen(graph)
+    for num_devices in (4, 8):
+        fine, coarse = (
+            plan(
+                g,
+                preset(f"summit-{num_devices}"),
+                batch_size=model.batch_size,
+                method="graphpipe",
+                objective="bottleneck",
+            ).bottleneck_s
+            for g in (graph, blocks)
+        )
+        assert coarse <= fine * 1.02

@@ -3,11 +3,11 @@
 Three steps, each of which contracts equal structures equally, so that equal branches stay equal.
 (1) *Negligible* operators (less than a twentieth of an even block's share of the work) join a
 neighbour in series: of the same module first, then the one to which the most bytes go, so that the
-cheap cut stays possible. (2) *Modules*: with a rising threshold of work, every module whose
-operators form one convex piece and whose work is below the threshold becomes one block; the lowest
-threshold that leaves at most `max_blocks` wins. (3) *Chains*: if modules do not suffice, the
-cheapest neighbours in series are joined, all equal pairs at once, and then the cheapest neighbours
-of any kind.
+cheap cut stays possible; a light loss joins what precedes it. (2) *Modules*: with a rising
+threshold of work, every module whose operators form one convex piece and whose work is below the
+threshold becomes one block; the lowest threshold that leaves at most `max_blocks` wins. (3)
+*Chains*: if modules do not suffice, the cheapest neighbours in series are joined, all equal pairs
+at once, and then the cheapest neighbours of any kind.
 
 A contraction is allowed only when the result has no cycle. Edges between blocks keep the bytes of
 every distinct tensor, skip connections included. Work is FLOP plus bytes at a fixed arithmetic
@@ -39,10 +39,12 @@ def coarsen(graph: Graph, max_blocks: int = 150) -> Graph:
     if max_blocks < 1:
         raise ConfigError(f"max_blocks is {max_blocks}; it must be at least 1")
     contraction = _Contraction(graph)
+    contraction.join_losses(1 / max_blocks)
     contraction.absorb_negligible(_NEGLIGIBLE_SHARE / max_blocks)
     if contraction.num_groups > max_blocks:
         # Afresh: a block that already spans two modules would drag one into the other.
         contraction = _by_modules(graph, _Contraction(graph), max_blocks)
+    contraction.join_losses(1 / max_blocks)
     contraction.absorb_negligible(_NEGLIGIBLE_SHARE / max_blocks)
     contraction.join_chains(max_blocks)
     contraction.join_any(max_blocks)
@@ -221,6 +223,23 @@ class _Contraction:
                 if near:
                     self.merge({group, self._closest(group, near)})
                     changed = True
+
+    def join_losses(self, share: float) -> None:
+        """Join a light loss to what it is in series with: no plan gains by cutting before it.
+
+        A join of branches and its loss must be one block, or a plan that gives the join to one
+        branch would still need a device for the loss.
+        """
+        limit = sum(self.work.values()) * share
+        for loss in [op.id for op in self.graph.ops if op.is_loss]:
+            group = self.group_of[loss]
+            before = self._nearest(group, self.pred)
+            if (
+                before is not None
+                and self.work[group] <= limit
+                and self._nearest(before, self.succ) == group
+            ):
+                self.merge({group, before})
 
     def _closest(self, group: int, near: Sequence[int]) -> int:
         """Of the same module; then by bytes; then the lightest, for evenness; then the producer."""
