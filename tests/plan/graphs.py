@@ -161,11 +161,13 @@ def build_graph(
     implied = [(a, b) for a, b in pairs if b in below[a] and (a, b) not in writer.edges]
     loose = [(a, b) for a, b in pairs if b not in below[a] and a not in below[b]]
     wants_skips = choose.integer(0, 9) < 5 if skips is None else skips
-    wants_crossing = choose.integer(0, 9) < 2 if crossing is None else crossing
+    wants_crossing = choose.integer(0, 9) < 3 if crossing is None else crossing
     extra: list[tuple[int, int]] = []
     if wants_skips and implied:
         for _ in range(choose.integer(1, 2)):
             extra.append(implied[choose.integer(0, len(implied) - 1)])
+    if wants_crossing:
+        loose = [pair for pair in loose if _has_n(num_ops, [*writer.edges, pair])]
     crossed = wants_crossing and bool(loose)
     if crossed:
         # Positions are a topological order, so an edge forward in it makes no cycle.
@@ -175,7 +177,7 @@ def build_graph(
         graph=_graph(choose, writer.costs, edges),
         is_nested=spec.nesting >= 1 and num_ops > 2,
         has_skips=any(edge in implied for edge in extra),
-        is_series_parallel=not crossed or not _has_n(num_ops, edges),
+        is_series_parallel=not crossed,
     )
 
 

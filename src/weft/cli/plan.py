@@ -23,6 +23,7 @@ from weft.plan.diff import diff
 from weft.plan.explain import explain
 from weft.plan.export import megatron_layout, module_fqns_per_model_part, torch_schedule_csv
 from weft.plan.problem import Objective
+from weft.plan.replay import step_time_s
 from weft.plan.schedules import generate
 from weft.plan.train_plan import TrainPlan
 from weft.sim.render.layout import seconds, size
@@ -108,7 +109,7 @@ def plan(
         k=k,
         per_stage_recompute=per_stage_recompute,
         per_stage_micro_batch=per_stage_micro_batch,
-        **({"evaluate": evaluate} if contention else {}),
+        evaluate=evaluate if contention else step_time_s,
     )
     if out is not None:
         out.write_text(found.to_json())
