@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import Any
 
 from rows import Row
-from weft.plan.api import plan as make_plan
 
 from plan_bench.setting import Findings, count_row, ratio_row
 from weft.base.errors import WeftError
 from weft.cluster.cluster import Link
+from weft.plan.api import plan as make_plan
 from weft.plan.brute_force import best_bottleneck
 from weft.plan.deadlock import check_deadlock
 from weft.plan.estimate import estimate_step_time_s

@@ -55,28 +55,29 @@ def speed(plans: ModuleType, repeats: int) -> Findings:
     schedule = generate(plan)
     kernel: list[float] = []
     replayed: list[float] = []
+    # Processor seconds: one thread runs, and other users of the machine are not our speed.
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         timeline = simulate(plan, schedule)
-        kernel.append(len(timeline) / (time.perf_counter() - started))
+        kernel.append(len(timeline) / (time.process_time() - started))
         tasks = lower(plan, schedule)
-        started = time.perf_counter()
+        started = time.process_time()
         result = replay(tasks)
-        replayed.append(tasks.num_actions / (time.perf_counter() - started))
+        replayed.append(tasks.num_actions / (time.process_time() - started))
         if result.makespan_s != timeline.step_time_s:
             found.remarks.append("replay and kernel DISAGREE")
     found.rows += [
         rate_row(
             "event kernel, 64 stages x 256 micro-batches, all of simulate()",
-            "actions/s",
+            "actions/cpu-s",
             kernel,
             1e5,
         ),
-        rate_row("max-plus replay of the same schedule", "actions/s", replayed, 1e6),
+        rate_row("max-plus replay of the same schedule", "actions/cpu-s", replayed, 1e6),
     ]
     found.remarks.append(
         f"kernel {statistics.median(kernel):,.0f} and replay {statistics.median(replayed):,.0f} "
-        "actions/s (medians)"
+        "actions per processor second (medians)"
     )
     return found
 
@@ -88,6 +89,7 @@ def thousand(tests: str, num_devices: int, num_micro_batches: int) -> Findings:
     return Findings(
         rows=[
             limit_row(name, "s", [got["seconds"]], 60.0),
+            limit_row(f"{name}: processor time", "s", [got["cpu_seconds"]], 60.0),
             limit_row(f"{name}: peak memory", "bytes", [got["peak_bytes"]], 4 * 2**30),
         ],
         tables={name: [got]},
