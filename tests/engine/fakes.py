@@ -63,14 +63,21 @@ class MemoryExecutor:
         self.batches: list[Batch] = []
         self.poisoned: set[int] = set()
         """Token ids that make logits non-finite when they are last."""
+        self.fails_next_submit = False
+        self.fails_next_collect = False
         self._cells: list[dict[int, tuple[int, int]]] = [{} for _ in info.groups]
         self._last: dict[int, int] = {}
         self._starts = {}
         self._results: deque[StepResult] = deque()
+        self._num_unseen = 0
 
     def submit(self, batch: Batch) -> None:
         assert len(self._results) < self.max_in_flight
+        if self.fails_next_submit:
+            self.fails_next_submit = False
+            raise RuntimeError("the device is unwell")
         self.batches.append(batch)
+        self._num_unseen += 1
         for slot in batch.freed_slots.tolist():
             self._starts.pop(slot, None)
         for start in batch.starts:
@@ -94,7 +101,18 @@ class MemoryExecutor:
         self._results.append(self._result(batch, tokens))
 
     def collect(self) -> StepResult:
+        if self.fails_next_collect:
+            self.fails_next_collect = False
+            raise RuntimeError("the device is unwell")
+        self._num_unseen -= 1
         return self._results.popleft()
+
+    def abandon(self) -> None:
+        self._results.clear()
+        for batch in self.batches[-self._num_unseen :] if self._num_unseen else ():
+            for slot in batch.slots.tolist():
+                self._starts.pop(slot, None)
+        self._num_unseen = 0
 
     def close(self) -> None:
         self._results.clear()

@@ -267,6 +267,8 @@ def test_a_row_without_finite_logits_fails_alone():
         ([-1], {}, "prompt"),
         ([1] * 48, {}, "prompt"),
         ([1], {"logit_bias": {97: 1.0}}, "logit_bias"),
+        ([1], {"priority": None}, "priority"),
+        ([1], {"priority": 1.5}, "priority"),
         ([1], {"stop_token_ids": (200,)}, "stop_token_ids"),
     ],
 )
@@ -314,6 +316,33 @@ def test_a_snapshot_goes_on_in_another_engine():
         (("b", 0), [4, 5], 0),
     ):
         assert outputs.tokens[key] == expected(prompt, 9, choice=choice)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("fails", ["fails_next_submit", "fails_next_collect"])
+def test_a_failing_step_costs_time_and_no_tokens(depth, fails):
+    """Whatever was in flight runs again, on the same engine, to the same end."""
+    info = make_info(num_pages=30, max_num_seqs=4)
+    policy, executor = make_policy(info), MemoryExecutor(info, max_in_flight=depth)
+    prompts = {str(i): list(range(i, i + 5 + 2 * i)) for i in range(7)}
+    for name, prompt in prompts.items():
+        policy.add(request(name, prompt, max_tokens=8, n=2))
+    outputs, loop = Outputs(), EngineLoop(policy, executor)
+    failures = 0
+    for step in range(200):
+        setattr(executor, fails, step % 5 == 3)
+        try:
+            outputs.take(loop.step())
+        except RuntimeError:
+            failures += 1
+        policy.check_integrity()
+        if not loop.has_work:
+            break
+    assert failures > 2
+    for name, prompt in prompts.items():
+        for choice in range(2):
+            assert outputs.tokens[name, choice] == expected(prompt, 8, choice=choice)
+    assert policy.kv.pool.num_held == 0
 
 
 def test_results_must_come_in_order():

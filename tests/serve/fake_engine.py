@@ -115,6 +115,9 @@ class FakeExecutor:
             time.sleep(self._step_s)
         return self._results.popleft()
 
+    def abandon(self) -> None:
+        self._results.clear()
+
     def close(self) -> None:
         self._results.clear()
 

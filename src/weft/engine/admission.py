@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -33,6 +33,11 @@ class Admission:
         """
         prompt = request.prompt_token_ids
         limit = self._config.max_model_len
+        priority = cast("object", request.priority)  # Callers without a type checker exist.
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise InvalidRequestError(
+                f"priority is {priority!r}; it must be a whole number", "priority"
+            )
         if not prompt:
             raise InvalidRequestError("the prompt is empty; it needs at least one token", "prompt")
         room = 0 if request.sampling.max_tokens == 0 else 1

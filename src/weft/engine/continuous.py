@@ -429,6 +429,19 @@ class ContinuousBatching:
                 self._enqueue(child)
         sequence.children = []
 
+    def abandon(self) -> None:
+        """Forget the batches in flight, which will have no result; their sequences start again.
+
+        What the executor does with a batch may have failed half-way, so nothing that was in it is
+        taken as computed.
+        """
+        sequences = {span.sequence for flight in self._in_flight for span in flight.spans}
+        self._in_flight.clear()
+        for sequence in sequences:
+            sequence.num_pending = 0
+            if sequence.state is SequenceState.RUNNING:
+                self._preempt(sequence)
+
     # ---- endings ----
 
     def _end(
@@ -439,7 +452,8 @@ class ContinuousBatching:
         reason: FinishReason,
     ) -> None:
         last = sequence.tokens[-1]
-        is_stop_token = reason is FinishReason.STOP and last not in self.config.eos_token_ids
+        is_eos = last in self.config.eos_token_ids and not sequence.request.sampling.ignore_eos
+        is_stop_token = reason is FinishReason.STOP and not is_eos
         self._updates.append(
             SequenceUpdate(
                 request_id=sequence.request.id,

@@ -32,6 +32,13 @@ class BatchExecutor(Protocol):
         """Wait for the oldest batch that was submitted and not collected."""
         ...
 
+    def abandon(self) -> None:
+        """Forget the batches in flight, after a failure or an interrupt.
+
+        Slots that they started may be started again; what they wrote counts for nothing.
+        """
+        ...
+
     def close(self) -> None:
         """Give back memory and threads; idempotent."""
         ...

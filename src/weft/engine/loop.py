@@ -30,6 +30,10 @@ class BatchPolicy(Protocol):
         """Take the result of the oldest batch in flight."""
         ...
 
+    def abandon(self) -> None:
+        """Forget the batches in flight, which will have no result."""
+        ...
+
 
 class EngineLoop:
     """Drives one policy over one executor."""
@@ -44,15 +48,26 @@ class EngineLoop:
         return self.policy.has_work
 
     def step(self) -> list[SequenceUpdate]:
-        """Fill the executor with batches up to its depth, then collect and apply the oldest one."""
+        """Fill the executor with batches up to its depth, then collect and apply the oldest one.
+
+        If the executor raises, the batches in flight are forgotten on both sides and their
+        sequences will start again, so that the engine can go on without what made it fail.
+        """
+        try:
+            result = self._run()
+        except BaseException:
+            self.executor.abandon()
+            self.policy.abandon()
+            raise
+        return [] if result is None else self.policy.apply(result)
+
+    def _run(self) -> StepResult | None:
         while self.policy.num_in_flight < self.executor.max_in_flight:
             batch = self.policy.schedule()
             if batch is None:
                 break
             self.executor.submit(batch)
-        if not self.policy.num_in_flight:
-            return []
-        return self.policy.apply(self.executor.collect())
+        return self.executor.collect() if self.policy.num_in_flight else None
 
     def drain(self) -> list[SequenceUpdate]:
         """Step until no work is left; returns all updates in order."""

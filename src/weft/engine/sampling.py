@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,33 @@ _GREEDY_EPSILON = 1e-5
 def _require(condition: bool, param: str, message: str) -> None:
     if not condition:
         raise InvalidRequestError(message, param=param)
+
+
+def _require_type(param: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Booleans are not numbers here, though Python says that they are."""
+    is_right = isinstance(value, kind) and not isinstance(value, bool)
+    _require(is_right, param, f"{param} is or holds {value!r}; it must be {wanted}")
+
+
+def _tuple(param: str, values: object) -> tuple[Any, ...]:
+    if values is None:
+        return ()
+    is_list = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+    _require(is_list, param, f"{param} is {values!r}; it must be a list")
+    return tuple(cast("Iterable[Any]", values))
+
+
+_INTEGERS = ("n", "top_k", "min_tokens")
+_OPTIONAL_INTEGERS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +76,7 @@ class SamplingParams:
     """Subtracted once for each time a token is in the output."""
     logit_bias: Mapping[int, float] | None = None
     stop: tuple[str, ...] = ()
+    """One string, several, or None for none; kept as a tuple, as is the next."""
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
@@ -61,10 +90,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _tuple("stop", stop))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        self._check_types()
+        # Beyond any vocabulary it keeps all; so large an int would not fit the sampler's columns.
+        object.__setattr__(self, "top_k", min(self.top_k, 2**31 - 1))
         self._check_ranges()
         self._check_penalties()
         self._check_lengths()
@@ -82,6 +113,27 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+    def _check_types(self) -> None:
+        for name in _INTEGERS:
+            _require_type(name, getattr(self, name), int, "a whole number")
+        for name in _OPTIONAL_INTEGERS:
+            if getattr(self, name) is not None:
+                _require_type(name, getattr(self, name), int, "a whole number or None")
+        for name in _NUMBERS:
+            _require_type(name, getattr(self, name), (int, float), "a number")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            _require(value in (True, False), name, f"{name} is {value!r}; it must be True or False")
+        for text in self.stop:
+            _require_type("stop", text, str, "a string, or a list of strings")
+        for token in self.stop_token_ids:
+            _require_type("stop_token_ids", token, int, "a list of token ids")
+        if self.logit_bias is not None:
+            _require_type("logit_bias", self.logit_bias, Mapping, "a mapping of token id to bias")
+            for token, bias in self.logit_bias.items():
+                _require_type("logit_bias", token, int, "a mapping with token ids as keys")
+                _require_type("logit_bias", bias, (int, float), "a mapping with numbers as values")
 
     def _check_ranges(self) -> None:
         _require(self.n >= 1, "n", f"n is {self.n}; it must be at least 1")
@@ -105,9 +157,9 @@ class SamplingParams:
 
     def _check_penalties(self) -> None:
         _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            0.01 <= self.repetition_penalty <= 100,
             "repetition_penalty",
-            f"repetition_penalty is {self.repetition_penalty}; it must be more than 0",
+            f"repetition_penalty is {self.repetition_penalty}; it must be in [0.01, 100]",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)

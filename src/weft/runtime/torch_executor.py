@@ -130,6 +130,9 @@ class TorchExecutor:
             elapsed_s=pending.elapsed_s + time.perf_counter() - start_s,
         )
 
+    def abandon(self) -> None:
+        self._pending.clear()
+
     def close(self) -> None:
         self._pending.clear()
         self._replay = None

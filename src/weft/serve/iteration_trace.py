@@ -81,6 +81,11 @@ class TracedExecutor:
                 )
         return result
 
+    def abandon(self) -> None:
+        """Forget the batches in flight; they are not recorded."""
+        self._submitted.clear()
+        self._executor.abandon()
+
     def close(self) -> None:
         """Close the executor and write the file."""
         self._executor.close()

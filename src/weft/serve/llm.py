@@ -16,6 +16,7 @@ from weft.engine.sampling import SamplingParams
 from weft.model.tokenizer import Tokenizer
 from weft.serve.engine_config import RUNTIME_BUILDER, EngineConfig
 from weft.serve.engine_core import EngineCore
+from weft.serve.interrupts import held_interrupts
 from weft.serve.output_processor import RequestProcessor
 from weft.serve.outputs import RequestOutput
 
@@ -239,19 +240,25 @@ class LLM:
         return [processor.output() for processor in processors.values()]
 
     def _drive(self, processors: dict[str, RequestProcessor], advance: Callable[[], None]) -> None:
-        try:
-            for processor in processors.values():
-                self._core.add(processor.request)
-            while self._core.has_work:
-                for update in self._core.step():
-                    processor = processors.get(update.request_id)
-                    if processor is not None:  # Else of a call that was interrupted.
-                        self._take(processor, update, advance)
-        finally:
-            # After an interrupt or an error the engine must be as it was before.
-            for request_id, processor in processors.items():
-                if not processor.is_finished:
-                    self._core.cancel(request_id)
+        with held_interrupts() as raise_if_interrupted:
+            try:
+                for processor in processors.values():
+                    self._core.add(processor.request)
+                while self._core.has_work:
+                    for update in self._core.step():
+                        self._take(processors[update.request_id], update, advance)
+                    raise_if_interrupted()
+            finally:
+                # After an interrupt or an error the engine must be as it was before.
+                for request_id, processor in processors.items():
+                    if not processor.is_finished:
+                        self._core.cancel(request_id)
+                self._drain()
+
+    def _drain(self) -> None:
+        """Run off what cancelled requests have left in flight."""
+        while self._core.has_work:
+            self._core.step()
 
     def _take(
         self, processor: RequestProcessor, update: SequenceUpdate, advance: Callable[[], None]

@@ -105,6 +105,10 @@ class SimulatedBatchExecutor:
             elapsed_s=flight.busy_s,
         )
 
+    def abandon(self) -> None:
+        """Forget batches in flight."""
+        self._in_flight.clear()
+
     def close(self) -> None:
         """Forget batches in flight."""
         self._in_flight.clear()

@@ -154,6 +154,10 @@ class _WatchedExecutor:
         )
         return result
 
+    def abandon(self) -> None:
+        self._submitted.clear()
+        self._executor.abandon()
+
     def close(self) -> None:
         self._executor.close()
 
