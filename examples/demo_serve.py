@@ -9,26 +9,28 @@ command that keeps such a server running.
 from __future__ import annotations
 
 import argparse
-import asyncio
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 START_TIMEOUT_S = 120.0
+REQUEST_TIMEOUT_S = 120.0
 PREVIEW_LINES = 6
 REFRESH_PER_S = 8
 
@@ -111,51 +113,64 @@ def clients(num_tokens: int) -> list[Client]:
     return found
 
 
-async def talk(http: httpx.AsyncClient, client: Client) -> None:
+def talk(url: str, client: Client) -> None:
     """Stream one answer, noting when each piece came."""
     client.start_s = time.perf_counter()
-    async with http.stream("POST", client.path, json=client.body) as response:
-        if response.status_code != 200:
-            client.error = (await response.aread()).decode()
+    with post(url, client.path, client.body) as response:
+        if response.status != 200:
+            client.error = response.read().decode()
             return
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                client.error = event["error"]["message"]
-                return
-            if event.get("usage"):
-                client.num_tokens = event["usage"]["completion_tokens"]
-            for choice in event["choices"]:
-                piece = choice.get("text") or choice.get("delta", {}).get("content")
-                if piece:
-                    client.text += piece
-                    client.token_s.append(time.perf_counter())
+        for line in response:
+            if line.startswith(b"data: {"):
+                hear(client, json.loads(line.removeprefix(b"data: ")))
 
 
-async def show(url: str, talking: list[Client], console: Console) -> float:
+def post(url: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+    """Send a body; the response is read as it comes."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=REQUEST_TIMEOUT_S)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+def hear(client: Client, event: dict[str, Any]) -> None:
+    """Take one server-sent event."""
+    if "error" in event:
+        client.error = event["error"]["message"]
+        return
+    if event.get("usage"):
+        client.num_tokens = event["usage"]["completion_tokens"]
+    for choice in event["choices"]:
+        piece = choice.get("text") or choice.get("delta", {}).get("content")
+        if piece:
+            client.text += piece
+            client.token_s.append(time.perf_counter())
+
+
+def show(url: str, talking: list[Client], console: Console) -> float:
     """Let all clients talk at once and draw them; returns the seconds that it took."""
 
-    def frame() -> Group:
+    def frame() -> Table:
         grid = Table.grid(expand=True)
         grid.add_column(ratio=1)
         grid.add_column(ratio=1)
         for left, right in zip(talking[::2], talking[1::2], strict=True):
             grid.add_row(left.panel(), right.panel())
-        return Group(grid)
+        return grid
 
-    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
-        await http.post("/v1/completions", json={"prompt": "import", "max_tokens": 4})  # Warm up.
-        start_s = time.perf_counter()
-        tasks = [asyncio.create_task(talk(http, client)) for client in talking]
-        if console.is_terminal:
-            with Live(frame(), console=console, refresh_per_second=REFRESH_PER_S) as live:
-                while not all(task.done() for task in tasks):
-                    await asyncio.sleep(1 / REFRESH_PER_S)
-                    live.update(frame())
-        await asyncio.gather(*tasks)
-        duration_s = time.perf_counter() - start_s
+    with post(url, "/v1/completions", {"prompt": "import", "max_tokens": 4}) as warm_up:
+        warm_up.read()
+    threads = [threading.Thread(target=talk, args=(url, client)) for client in talking]
+    start_s = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    if console.is_terminal:
+        with Live(frame(), console=console, auto_refresh=False) as live:
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(1 / REFRESH_PER_S)
+                live.update(frame(), refresh=True)
+    for thread in threads:
+        thread.join()
+    duration_s = max(client.token_s[-1] for client in talking if client.token_s) - start_s
     if not console.is_terminal:
         console.print(frame())
     return duration_s
@@ -212,7 +227,7 @@ def main() -> int:
             console.print(f"weft serves its embedded model at {url}/v1 (OpenAI's API)")
             console.print("it completes Python; it does not converse\n", style="dim")
             talking = clients(arguments.num_tokens)
-            duration_s = asyncio.run(show(url, talking, console))
+            duration_s = show(url, talking, console)
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate()

@@ -101,7 +101,6 @@ def test_an_unknown_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["./no-such-model"], "no-such-model"),
         (["--kv-cache-memory-bytes", "100000"], "would do"),
-        (["--max-model-len", "100000"], "max_model_len is 100000"),
     ],
 )
 def test_what_only_the_engine_sees_is_one_line_too(arguments: list[str], message: str) -> None:

@@ -29,7 +29,8 @@ def _samples(server: Server) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def measured() -> Iterator[Server]:
-    with running_server() as server:
+    # Slow, so that a stop string reaches the engine before it has run to the end.
+    with running_server(builder="build_slow") as server:
         yield server
 
 

@@ -57,7 +57,7 @@ def test_no_request_is_a_server_error(
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
-        max_examples=50 if method == "POST" else 5,
+        max_examples=30 if method == "POST" else 5,
         deadline=None,
         derandomize=True,
         database=None,
