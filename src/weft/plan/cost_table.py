@@ -292,6 +292,22 @@ class StageTable:
         self.table.num_priced += len(self) * len(variants)
         return Candidates(variants=tuple(variants), time_per_sample_s=seconds, max_in_flight=limit)
 
+    def fitting(
+        self,
+        micro_batch: int,
+        variants: Sequence[Variant],
+        k: int = 1,
+        memory_bytes: int | None = None,
+    ) -> Candidates:
+        """`candidates` without prices: 0 seconds where a stage fits, infinity where it does not.
+
+        Degrees may exceed the devices of the cluster, for which no all-reduce could be priced.
+        """
+        memory = self.table.memory_bytes if memory_bytes is None else memory_bytes
+        limit = np.stack([self._max_in_flight(micro_batch, v, k, memory) for v in variants], axis=1)
+        seconds = np.where(limit < 1, np.inf, 0.0)
+        return Candidates(variants=tuple(variants), time_per_sample_s=seconds, max_in_flight=limit)
+
     def time_per_sample_s(self, micro_batch: int, variant: Variant) -> NDArray[np.float64]:
         """Seconds per sample of every stage in one variant, whether or not it fits."""
         local = micro_batch // variant.dp

@@ -10,7 +10,7 @@ import numpy as np
 
 from weft.plan.bottleneck import NONE, BottleneckSolver, Solution
 from weft.plan.constraints import NO_RULES, Rules
-from weft.plan.cost_table import CostTable, StageTable, Variant, divisors
+from weft.plan.cost_table import Candidates, CostTable, StageTable, Variant, divisors
 from weft.plan.stage_space import StageSpace
 
 
@@ -75,7 +75,9 @@ class BottleneckSearch:
         if micro_batch not in self._solvers:
             variants = self._variants(micro_batch, self.num_devices)
             depth = min(self.num_devices, self.space.depth)
-            self._solvers[micro_batch] = self._new_solver(micro_batch, variants, depth)
+            candidates = self.stages.candidates(micro_batch, variants, self.k)
+            self.effort.num_candidates += candidates.time_per_sample_s.size
+            self._solvers[micro_batch] = self._new_solver(candidates, depth)
         return self._solvers[micro_batch]
 
     def _variants(self, micro_batch: int, max_devices: int) -> list[Variant]:
@@ -85,18 +87,10 @@ class BottleneckSearch:
             for recompute in self.recompute_choices
         ]
 
-    def _new_solver(
-        self,
-        micro_batch: int,
-        variants: Sequence[Variant],
-        depth: int,
-        memory_bytes: int | None = None,
-    ) -> BottleneckSolver:
-        candidates = self.stages.candidates(micro_batch, variants, self.k, memory_bytes)
-        self.effort.num_candidates += candidates.time_per_sample_s.size
+    def _new_solver(self, candidates: Candidates, depth: int) -> BottleneckSolver:
         if self.rules.pinned or self.rules.sizes:
             for row, mask in enumerate(self.space.masks):
-                for column, variant in enumerate(variants):
+                for column, variant in enumerate(candidates.variants):
                     if not self.rules.allows_size(mask, variant.dp):
                         candidates.time_per_sample_s[row, column] = np.inf
         return BottleneckSolver(self.space, candidates, depth)
@@ -170,7 +164,8 @@ class BottleneckSearch:
     def fewest_devices(self, micro_batch: int, limit: int) -> int | None:
         """Fewest devices, up to `limit` in a stage, on which this micro-batch size fits at all."""
         variants = self._variants(micro_batch, limit)
-        solver = self._new_solver(micro_batch, variants, self.space.depth)
+        fitting = self.stages.fitting(micro_batch, variants, self.k)
+        solver = self._new_solver(fitting, self.space.depth)
         fewest = int(solver.fewest_devices(np.inf)[-1])
         return None if fewest >= NONE else fewest
 
@@ -178,5 +173,6 @@ class BottleneckSearch:
         """Whether this micro-batch size fits, however slow, with another size of memory."""
         variants = self._variants(micro_batch, self.num_devices)
         depth = min(self.num_devices, self.space.depth)
-        solver = self._new_solver(micro_batch, variants, depth, memory_bytes)
+        fitting = self.stages.fitting(micro_batch, variants, self.k, memory_bytes)
+        solver = self._new_solver(fitting, depth)
         return int(solver.fewest_devices(np.inf)[-1]) <= self.num_devices
