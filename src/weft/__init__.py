@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.base.errors import WeftError as WeftError
+    from weft.cluster.cluster import Cluster as Cluster
+    from weft.cost.training import TrainingSpec as TrainingSpec
     from weft.engine.sampling import SamplingParams as SamplingParams
+    from weft.graph.capture import capture as capture
+    from weft.graph.graph import Graph as Graph
+    from weft.plan.api import plan as plan
     from weft.serve.llm import LLM as LLM
     from weft.serve.outputs import CompletionOutput as CompletionOutput
     from weft.serve.outputs import RequestOutput as RequestOutput
+    from weft.sim.stage_executor import simulate as simulate
 
 __version__ = "0.1.0"
 
@@ -24,14 +30,21 @@ _PUBLIC: dict[str, str] = {
     "RequestOutput": "weft.serve.outputs",
     "SamplingParams": "weft.engine.sampling",
     "WeftError": "weft.base.errors",
+    "Cluster": "weft.cluster.cluster",
+    "Graph": "weft.graph.graph",
+    "TrainingSpec": "weft.cost.training",
+    "capture": "weft.graph.capture",
+    "simulate": "weft.sim.stage_executor",
 }
-"""Public name -> the module that defines it."""
+"""Public name -> the module that defines it. `plan` is a package that can be called."""
 
-__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", "plan", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name's module on first use."""
+    if name == "plan":
+        return import_module("weft.plan")
     try:
         module = _PUBLIC[name]
     except KeyError:
