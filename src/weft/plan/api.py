@@ -6,6 +6,7 @@ import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 
 from weft.base.errors import ConfigError, UnsupportedError
 from weft.cluster.cluster import Cluster
@@ -17,7 +18,7 @@ from weft.graph.coarsen import coarsen
 from weft.graph.graph import Graph
 from weft.plan.assemble import StageChoice, assemble
 from weft.plan.brute_force import best_bottleneck
-from weft.plan.constraints import Constraint, resolve
+from weft.plan.constraints import Constraint, Rules, resolve
 from weft.plan.cost_table import CostTable
 from weft.plan.data_parallel import plan_data_parallel
 from weft.plan.graphpipe import plan_bottleneck
@@ -74,8 +75,6 @@ def plan(
     """
     graph.validate()
     run, goal = _method(method), _objective(objective)
-    if k < 1:
-        raise PlanError(f"k is {k}; it must be at least 1")
     if constraints and method not in _CONSTRAINED:
         raise UnsupportedError(
             f"method {method!r} takes no constraints; methods that do: {', '.join(_CONSTRAINED)}"
@@ -84,14 +83,18 @@ def plan(
     if cost is None:
         cost = ProfiledCost(profile=profile) if profile else RooflineCost(dtype=training.dtype)
     started_s = time.perf_counter()
+    sizes = _sizes(batch_size, micro_batches, k)
+    _check_time_limit(time_limit_s)
+    rules = resolve(_on_blocks(constraints, graph, blocks), blocks, cluster)
+    _check_degrees(rules, sizes, batch_size)
     problem = Problem(
         table=CostTable(blocks, cluster, cost, training=training, batch_size=batch_size),
-        micro_batches=micro_batch_sizes(batch_size, micro_batches),
+        micro_batches=sizes,
         evaluate=evaluate,
         objective=goal,
         recompute_choices=(False, True) if per_stage_recompute else (training.recompute,),
         k=k,
-        rules=resolve(_on_blocks(constraints, graph, blocks), blocks, cluster),
+        rules=rules,
         effort=Effort(
             deadline_s=None if time_limit_s is None else started_s + time_limit_s,
             started_s=started_s,
@@ -173,6 +176,53 @@ def _objective(name: Objective | str) -> Objective:
         raise ConfigError(
             f"objective {str(name)!r} is unknown; known: {', '.join(Objective)}"
         ) from None
+
+
+def _sizes(batch_size: int, wanted: Sequence[int] | None, k: int) -> tuple[int, ...]:
+    """Micro-batch sizes to try; PlanError for counts that are no counts."""
+    _check_count("batch_size", batch_size)
+    _check_count("k", k)
+    for size in wanted or ():
+        _check_count("a micro-batch size", size)
+    sizes = micro_batch_sizes(batch_size, wanted)
+    most = batch_size // sizes[0]
+    if k > most:
+        raise PlanError(
+            f"k is {k}, but a batch of {batch_size} has at most {most} micro-batches to group; "
+            f"lower k to at most {most}"
+        )
+    return sizes
+
+
+def _check_count(name: str, value: object) -> None:
+    # True is an int to Python, and 2.5 samples would only fail deep in the search.
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:  # pyright: ignore
+        raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _check_time_limit(time_limit_s: float | None) -> None:
+    if time_limit_s is not None and not time_limit_s > 0:
+        raise PlanError(
+            f"time_limit_s is {time_limit_s}; it must be more than 0, or None for no limit"
+        )
+
+
+def _check_degrees(rules: Rules, sizes: Sequence[int], batch_size: int) -> None:
+    """Raise PlanError where a fixed stage has more replicas than any micro-batch can be split in."""
+    for degree in rules.sizes.values():
+        if any(size % degree == 0 for size in sizes):
+            continue
+        nearest = max(degree, round(batch_size / degree) * degree)
+        advice = (
+            f"the nearest batch that works is {nearest}"
+            if batch_size % degree
+            else f"add {degree} or a multiple of it to micro_batches"
+        )
+        raise PlanError(
+            f"a fixed stage has {degree} devices, but none of the micro-batch sizes "
+            f"{', '.join(map(str, sizes))} of a batch of {batch_size} is divided by {degree}; "
+            f"{advice}"
+        )
 
 
 def _on_blocks(

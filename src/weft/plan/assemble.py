@@ -51,7 +51,8 @@ def assemble(
 
     A sequential plan gets an edge of 0 bytes between consecutive stages that exchange nothing (the
     false dependencies that linearising adds; GraphPipe sheet §4). `allowed` restricts the devices
-    of some choices. Raises PlanError when the stages do not partition the graph or form a cycle.
+    of some choices. Groups of k > 1 turn 1F1B into kFkB. Raises PlanError when the stages do not
+    partition the graph or form a cycle.
     """
     graph = table.graph
     stage_of = _stage_of(graph, choices)
@@ -89,7 +90,7 @@ def assemble(
     plan = TrainPlan(
         method=method,
         objective=objective,
-        schedule=schedule,
+        schedule="kfkb" if schedule == "1f1b" and any(c.k > 1 for c in choices) else schedule,
         graph_name=graph.name,
         graph_digest=graph.digest,
         cluster=table.cluster,

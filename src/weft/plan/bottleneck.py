@@ -131,7 +131,9 @@ class BottleneckSolver:
         devices = np.full((num_stages + 1, self.max_depth + 1), NONE, dtype=np.int32)
         counts = np.arange(self.max_depth + 1)
         for column in self._order[::-1]:
-            rows = np.flatnonzero(seconds[:, column] <= bound_s)
+            # An infinite price means that the stage may not run so, whatever the bound.
+            possible = np.isfinite(seconds[:, column]) & (seconds[:, column] <= bound_s)
+            rows = np.flatnonzero(possible)
             if not len(rows):
                 continue
             fits = counts[None, :] <= self._limits[rows, column][:, None]
