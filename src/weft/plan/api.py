@@ -208,7 +208,7 @@ def _check_time_limit(time_limit_s: float | None) -> None:
 
 
 def _check_degrees(rules: Rules, sizes: Sequence[int], batch_size: int) -> None:
-    """Raise PlanError where a fixed stage has more replicas than any micro-batch can be split in."""
+    """Raise PlanError where no micro-batch can be split over the devices of a fixed stage."""
     for degree in rules.sizes.values():
         if any(size % degree == 0 for size in sizes):
             continue

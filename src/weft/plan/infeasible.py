@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+from weft.cluster.cluster import Cluster
 from weft.plan.cost_table import CostTable
 from weft.plan.problem import ChangeKind, InfeasiblePlanError, PlanChange, Problem
 from weft.plan.search import BottleneckSearch
+from weft.plan.train_plan import TrainPlan
+
+OtherPlans = Callable[[Problem], Iterable[TrainPlan]]
+"""Makes the plans that a method tries beside its search, whether or not they fit."""
 
 
-def explain_infeasible(problem: Problem, search: BottleneckSearch) -> InfeasiblePlanError:
+def explain_infeasible(
+    problem: Problem, search: BottleneckSearch, others: OtherPlans | None = None
+) -> InfeasiblePlanError:
     """The error for a problem without a plan, with the least memory and the fewest devices.
 
     Each change is found by searching again, so that it is exact for the planner's class: with it a
-    plan exists, with one byte or one device less there is none.
+    plan exists, with one byte or one device less there is none. `others` makes what the method
+    tries beside its search; with half of the devices named they do not fit either.
     """
-    changes = [*_more_memory(problem, search), *_more_devices(problem, search)]
+    changes = [*_more_memory(problem, search, others), *_more_devices(problem, search, others)]
     constraint = tightest(problem.table, problem.micro_batches)
     devices = f"{problem.num_devices} device{'' if problem.num_devices == 1 else 's'}"
     limit = problem.table.memory_bytes
@@ -53,7 +62,9 @@ def tightest(table: CostTable, micro_batches: tuple[int, ...]) -> str:
     )
 
 
-def _more_memory(problem: Problem, search: BottleneckSearch) -> list[PlanChange]:
+def _more_memory(
+    problem: Problem, search: BottleneckSearch, others: OtherPlans | None
+) -> list[PlanChange]:
     table = problem.table
     limit = table.memory_bytes
     reserved = max(float(table.reserved_bytes(b).sum()) for b in problem.micro_batches)
@@ -67,18 +78,65 @@ def _more_memory(problem: Problem, search: BottleneckSearch) -> list[PlanChange]
         if at_most <= limit or not search.fits(micro_batch, at_most):
             continue
         best = _least(limit, at_most, lambda size, b=micro_batch: search.fits(b, size))
-    if best is None:
-        return []
-    return [PlanChange(kind=ChangeKind.MEMORY_BYTES, amount=best - limit)]
+    missing = [] if best is None else [best - limit]
+    if others is not None:
+        missing += [_missing_bytes(plan) for plan in others(problem)]
+    return [PlanChange(kind=ChangeKind.MEMORY_BYTES, amount=min(missing))] if missing else []
 
 
-def _more_devices(problem: Problem, search: BottleneckSearch) -> list[PlanChange]:
+def _missing_bytes(plan: TrainPlan) -> int:
+    """What the worst device lacks; at most 0 where the plan fits."""
+    devices = plan.cluster.devices
+    return max(
+        num_bytes - devices[device].type.memory_bytes
+        for device, num_bytes in plan.memory_bytes.items()
+    )
+
+
+def _more_devices(
+    problem: Problem, search: BottleneckSearch, others: OtherPlans | None
+) -> list[PlanChange]:
     limit = max(problem.micro_batches)
     counts = [search.fewest_devices(b, limit) for b in problem.micro_batches]
     found = [count for count in counts if count is not None and count > problem.num_devices]
     if not found or problem.rules.pinned:
         return []
-    return [PlanChange(kind=ChangeKind.NUM_DEVICES, amount=min(found) - problem.num_devices)]
+    amount = min(found) - problem.num_devices
+    # Uniform splits may fit on fewer, on some counts and not on others.
+    while others is not None and amount > 1:
+        more = _on_devices(problem, problem.num_devices + amount // 2)
+        if not any(_missing_bytes(plan) <= 0 for plan in others(more)):
+            break
+        amount //= 2
+    return [PlanChange(kind=ChangeKind.NUM_DEVICES, amount=amount)]
+
+
+def _on_devices(problem: Problem, num_devices: int) -> Problem:
+    """The same problem on a cluster grown by nodes like its last."""
+    table = problem.table
+    cost_table = CostTable(
+        table.graph,
+        _grown(table.cluster, num_devices),
+        table.cost,
+        training=table.training,
+        batch_size=table.batch_size,
+    )
+    return replace(problem, table=cost_table)
+
+
+def _grown(cluster: Cluster, num_devices: int) -> Cluster:
+    size = max(node.num_devices for node in cluster.nodes)
+    last = cluster.nodes[-1]
+    missing = num_devices - cluster.num_devices
+    nodes = list(cluster.nodes)
+    if last.num_devices < size:
+        added = min(size - last.num_devices, missing)
+        nodes[-1] = replace(last, num_devices=last.num_devices + added)
+        missing -= added
+    for start in range(0, missing, size):
+        count = min(size, missing - start)
+        nodes.append(replace(last, name=f"{last.name}+{start // size + 1}", num_devices=count))
+    return replace(cluster, nodes=tuple(nodes))
 
 
 def _least(fails: int, works: int, test: Callable[[int], bool]) -> int:

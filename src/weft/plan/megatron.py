@@ -48,6 +48,15 @@ def plan_megatron(problem: Problem) -> TrainPlan:
     return finished(problem, best)
 
 
+def every_plan(problem: Problem) -> Iterator[TrainPlan]:
+    """The plan of every configuration, whether or not it fits in memory."""
+    segments = layer_segments(problem.table.graph, problem.linear_order)
+    for configuration in _configurations(problem, segments, None):
+        plan = to_plan(problem, segments, configuration)
+        if _can_run(plan):
+            yield plan
+
+
 def candidates(problem: Problem, max_tp: int | None = None) -> Iterator[TrainPlan]:
     """Plans of the most promising configurations that fit in memory."""
     segments = layer_segments(problem.table.graph, problem.linear_order)
@@ -56,17 +65,20 @@ def candidates(problem: Problem, max_tp: int | None = None) -> Iterator[TrainPla
         key=lambda c: c.estimate_s,
     )
     num_fitting = 0
+    is_chain: dict[int, bool] = {}
     for configuration in ranked:
         problem.effort.num_candidates += 1
         plan = to_plan(problem, segments, configuration)
-        # Interleaving sends round the ring of devices, so it needs a model without skips.
-        if plan.schedule == "interleaved" and len(plan.edges) != plan.num_stages - 1:
-            continue
-        if fits_memory(plan):
+        if _can_run(plan) and fits_memory(plan):
             num_fitting += 1
             yield plan
         if num_fitting == MAX_ASSEMBLED:
             return
+
+
+def _can_run(plan: TrainPlan) -> bool:
+    """Interleaving sends round the ring of devices, so it needs a model without skips."""
+    return plan.schedule != "interleaved" or len(plan.edges) == plan.num_stages - 1
 
 
 def _configurations(
@@ -123,6 +135,17 @@ def _estimated(
         micro_batch=c.micro_batch,
         recompute=c.recompute,
         estimate_s=(m + (c.p - 1) / c.v) * slowest_s + all_reduce_s,
+    )
+
+
+def _is_chain(problem: Problem, segments: Sequence[tuple[int, ...]], num_stages: int) -> bool:
+    """Whether no tensor skips a stage of an even split."""
+    per_stage = len(segments) // num_stages
+    stage_of = {op: i // per_stage for i, segment in enumerate(segments) for op in segment}
+    graph = problem.table.graph
+    return all(
+        stage_of[graph.op_index[e.target]] - stage_of[graph.op_index[e.source]] <= 1
+        for e in graph.edges
     )
 
 

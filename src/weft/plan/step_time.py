@@ -69,7 +69,8 @@ def plan_step_time(problem: Problem) -> TrainPlan:
             if best is None or plan.step_time_s < best.step_time_s:
                 best = plan
     if best is None:
-        raise explain_infeasible(problem, search)
+        others = None if problem.rules else megatron.every_plan
+        raise explain_infeasible(problem, search, others)
     return best.replace(
         method="graphpipe",
         search=problem.statistics,
