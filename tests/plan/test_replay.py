@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plan.longest_path import makespan_s
 from plan.plans import chain, flat_cluster, nodes_cluster, random_plans, stage_plan
@@ -119,3 +120,23 @@ def test_equal_replicas_are_replayed_once_and_unequal_ones_bound_the_time() -> N
     ).makespan_s
     assert bound_s >= step_time_s(mixed)
     assert merge_replicas(chain(4, 2, devices=[(0,), (1,), (0,), (1,)])) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(random_plans(mixed=False, replicas=False), st.integers(330, 700))
+def test_many_micro_batches_are_extrapolated_to_rounding(plan: TrainPlan, count: int) -> None:
+    size = plan.micro_batch
+    long = plan.replace(batch_size=size * count)
+    exact_s = step_time_s(long, generate(long))
+    assert step_time_s(long) == pytest.approx(exact_s, rel=1e-8)
+
+
+def test_extrapolation_happens_and_is_close() -> None:
+    plan = chain(6, 4000, forward_s=[0.7, 0.9, 1.0, 0.8, 1.1, 0.6], backward_s=1.5)
+    merged = merge_replicas(plan)
+    assert merged is not None
+    found_s = replay_module._extrapolated_step_s(merged)
+    assert found_s == pytest.approx(step_time_s(plan, generate(plan)), rel=1e-12)
+    short = merge_replicas(chain(6, 100))
+    assert short is not None
+    assert replay_module._extrapolated_step_s(short) is None
