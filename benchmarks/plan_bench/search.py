@@ -62,7 +62,7 @@ def search_time(
                 )
             for peer in peers:
                 seconds, plan, reason = timed(
-                    peer, graph, count, batch, 1, objective="bottleneck", time_limit_s=60.0
+                    peer, graph, count, batch, 1, objective="bottleneck", time_limit_s=20.0
                 )
                 table.append(_entry(name, count, batch, peer, "bottleneck", seconds, plan, reason))
                 if plan is None:
@@ -91,7 +91,7 @@ def branches(counts: Iterable[int], num_devices: int = 32) -> Findings:
     for num_branches in counts:
         graph = graph_of("candle-uno", max_blocks=MOST_BLOCKS, num_branches=num_branches)
         seconds, plan, reason = timed("graphpipe", graph, num_devices, 1024, 1)
-        piper_s, piper, why = timed("piper", graph, num_devices, 1024, 1, time_limit_s=60.0)
+        piper_s, piper, why = timed("piper", graph, num_devices, 1024, 1, time_limit_s=20.0)
         table.append(
             {
                 "branches": num_branches,
