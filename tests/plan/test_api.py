@@ -280,7 +280,7 @@ def test_a_method_without_constraints_says_which_take_them() -> None:
         ({"micro_batches": (0,)}, "micro-batch size is 0"),
         ({"k": 0}, "k is 0"),
         ({"k": 32}, "k is 32"),
-        ({"time_limit_s": 0.0}, "time_limit_s is 0.0"),
+        ({"time_limit_s": -1.0}, "time_limit_s is -1.0"),
         ({"time_limit_s": math.nan}, "time_limit_s is nan"),
         ({"max_blocks": 0}, "max_blocks is 0"),
     ],

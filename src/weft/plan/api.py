@@ -201,9 +201,9 @@ def _check_count(name: str, value: object) -> None:
 
 
 def _check_time_limit(time_limit_s: float | None) -> None:
-    if time_limit_s is not None and not time_limit_s > 0:
+    if time_limit_s is not None and not time_limit_s >= 0:
         raise PlanError(
-            f"time_limit_s is {time_limit_s}; it must be more than 0, or None for no limit"
+            f"time_limit_s is {time_limit_s}; it must be at least 0, or None for no limit"
         )
 
 
