@@ -9,11 +9,11 @@ from time import perf_counter
 from typing import Any
 
 from rows import Row
-from weft.plan.api import plan as make_plan
 
 from plan_bench.setting import Findings, graph_of, limit_row, point, summit
 from weft.base.errors import WeftError
 from weft.cost.roofline import RooflineCost
+from weft.plan.api import plan as make_plan
 from weft.plan.train_plan import TrainPlan
 
 CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
