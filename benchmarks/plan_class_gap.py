@@ -15,9 +15,12 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+# The generator is the tests' own. Its package is called like the script beside this one, so the
+# folder itself is put on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "plan"))
 
-from plan.graphs import RandomChooser, ToyCost, build_case
+from graphs import RandomChooser, ToyCost, build_case
+
 from weft.plan.brute_force import best_bottleneck
 
 
