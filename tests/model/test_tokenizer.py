@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -103,6 +104,22 @@ def test_a_character_that_straddles_prompt_and_output_is_whole() -> None:
     assert stream.push(ids[-1:]) == "😀"
 
 
+def test_a_character_that_only_the_prompt_began_leaves_no_trace() -> None:
+    begun = BYTE_LEVEL.encode("é😀", add_special_tokens=False)[:-1]
+    (letter,) = BYTE_LEVEL.encode("x", add_special_tokens=False)
+    stream = BYTE_LEVEL.stream(begun)
+    assert stream.push([letter]) + stream.finish() == "x"
+    assert BYTE_LEVEL.stream(begun).finish() == ""
+    emoji = [BYTE_LEVEL.token_id(token) for token in "ðŁĺ"]
+    first, second, third = [token for token in emoji if token is not None]
+    # The answer's own broken bytes do show: a second byte, and no third.
+    stream = BYTE_LEVEL.stream([first])
+    assert stream.push([second, letter]) + stream.finish() == "\ufffdx"
+    # A byte that continues characters, but not this one, is broken by itself.
+    stream = BYTE_LEVEL.stream([first, second, third])
+    assert stream.push([first, letter]) + stream.finish() == "\ufffdx"
+
+
 def test_leading_space_of_a_metaspace_continuation_survives() -> None:
     prompt = BYTE_FALLBACK.encode("he", add_special_tokens=False)
     more = BYTE_FALLBACK.token_id("\u2581he")
@@ -123,7 +140,11 @@ def test_special_tokens_are_skipped_only_when_asked() -> None:
 def test_ids_of_a_padded_output_layer_stand_for_nothing(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("hello", add_special_tokens=False)
     stream = tokenizer.stream()
-    assert stream.push([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 7]) == "hello"
+    padded = [tokenizer.vocab_size, *ids, tokenizer.vocab_size + 7]
+    assert stream.push(padded) == "hello"
+    assert tokenizer.decode(padded) == "hello"
+    after = tokenizer.stream(padded)
+    assert after.push(ids) + after.finish() == tokenizer.decode([*ids, *ids])[len("hello") :]
 
 
 def test_token_bytes_concatenate_to_the_text() -> None:
@@ -135,8 +156,30 @@ def test_token_bytes_concatenate_to_the_text() -> None:
 
 @pytest.mark.parametrize("token", [-1, 10**9])
 def test_ids_out_of_range_are_refused_by_number(token: int) -> None:
-    with pytest.raises(InvalidRequestError, match=str(token)):
-        BYTE_LEVEL.decode([token])
+    with pytest.raises(InvalidRequestError, match=rf"{token} is out of range.*\[0, 512\)"):
+        BYTE_LEVEL.check_ids([token], num_ids=512)
+    with pytest.raises(InvalidRequestError, match="-1 is out of range; it must be 0 or more"):
+        BYTE_LEVEL.decode([-1])
+
+
+@pytest.mark.parametrize(
+    "given", [{"messages": []}, {"continue_final_message": 1}, {1: 2}, "shout", [1]]
+)
+def test_template_variables_that_are_parameters_are_refused(given: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="chat_template_kwargs") as caught:
+        BYTE_LEVEL.render_chat(
+            [{"role": "user", "content": "x"}], chat_template="x", chat_template_kwargs=given
+        )
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_any_other_name_is_a_template_variable() -> None:
+    text = BYTE_LEVEL.render_chat(
+        [{"role": "user", "content": "x"}],
+        chat_template="{{ self_ }}{{ template_kwargs }}",
+        chat_template_kwargs={"self_": 1, "template_kwargs": 2},
+    )
+    assert text == "12"
 
 
 def test_lone_surrogates_are_refused() -> None:

@@ -107,6 +107,11 @@ MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], str | None, str]] = {
         "chat_template_kwargs",
         "messages",
     ),
+    "template's parameters": (
+        _chat(chat_template_kwargs={"continue_final_message": 1}),
+        "chat_template_kwargs",
+        "continue_final_message",
+    ),
     "too long a chat": (_chat({"role": "user", "content": "x" * 300}), "messages", "256"),
     "no room in chat": (_chat(max_completion_tokens=255), "max_completion_tokens", "lower"),
     "prompt_logprobs of a chat stream": (

@@ -70,6 +70,31 @@ def test_stop_strings_depend_on_the_text_alone(
     assert (out, scanner.matched) == _expected(text, stops, include)
 
 
+@given(
+    text=st.text(alphabet="abc", max_size=20),
+    stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=4),
+    min_tokens=st.integers(0, 20),
+)
+def test_a_stop_string_counts_from_where_it_ends(
+    tokenizer: Tokenizer, text: str, stops: list[str], min_tokens: int
+) -> None:
+    expected, reason = text, None
+    for end in range(min_tokens + 1, len(text) + 1):
+        ended = [stop for stop in stops if text[:end].endswith(stop)]
+        if ended:
+            reason = max(ended, key=len)
+            expected = text[: end - len(reason)]
+            break
+    processor = _processor(tokenizer, stop=tuple(stops), min_tokens=min_tokens)
+    (choice,) = processor.choices
+    for position, byte in enumerate(text.encode(), start=1):
+        last = FinishReason.LENGTH if position == len(text) else None
+        if processor.push(_update((byte,), finish_reason=last)) is None:
+            break
+        assert expected.startswith(choice.text)
+    assert (choice.text, choice.stop_reason) == (expected, reason)
+
+
 def test_text_that_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
     processor = _processor(tokenizer, stop=("END.",))
     texts = [processor.push(_update(piece)) for piece in (b"xE", b"N", b"D", b"!")]

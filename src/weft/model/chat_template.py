@@ -94,7 +94,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        **template_kwargs: Any,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Write the messages as one prompt.
 
@@ -110,7 +110,7 @@ class ChatTemplate:
                 "add_generation_prompt and continue_final_message exclude each other; set one",
                 param="continue_final_message",
             )
-        values: dict[str, Any] = {**self.variables, **template_kwargs}
+        values: dict[str, Any] = {**self.variables, **(template_kwargs or {})}
         try:
             text = self._compiled.render(
                 **values,

@@ -68,9 +68,13 @@ def byte_level_bytes(token: str) -> bytes:
 
 
 class ByteLevelStream:
-    """Byte-level BPE: tokens are byte strings, so a UTF-8 decoder is all it takes."""
+    """Byte-level BPE: tokens are byte strings, so a UTF-8 decoder is all it takes.
 
-    __slots__ = ("_decoder", "_skipped", "_vocabulary")
+    A character that the prompt left unfinished comes out if the answer finishes it, and leaves no
+    trace if not: U+FFFD stands for broken bytes of the answer only.
+    """
+
+    __slots__ = ("_decoder", "_is_at_border", "_skipped", "_vocabulary")
 
     def __init__(
         self,
@@ -82,14 +86,31 @@ class ByteLevelStream:
         self._vocabulary = vocabulary
         self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.push(prompt_token_ids[-_PROMPT_CONTEXT:])
+        self._decoder.decode(self._bytes(prompt_token_ids[-_PROMPT_CONTEXT:]))
+        self._is_at_border = bool(self._decoder.getstate()[0])
 
     def push(self, token_ids: Iterable[int]) -> str:
-        token_bytes, skipped = self._vocabulary.token_bytes, self._skipped
-        return self._decoder.decode(b"".join(token_bytes(i) for i in token_ids if i not in skipped))
+        new = self._bytes(token_ids)
+        if self._is_at_border and new:
+            self._cross_border(new[:1])
+        return self._decoder.decode(new)
 
     def finish(self) -> str:
+        if self._is_at_border:
+            return ""
         return self._decoder.decode(b"", final=True)
+
+    def _bytes(self, token_ids: Iterable[int]) -> bytes:
+        token_bytes, skipped = self._vocabulary.token_bytes, self._skipped
+        return b"".join(token_bytes(i) for i in token_ids if i not in skipped)
+
+    def _cross_border(self, first: bytes) -> None:
+        """Forget the prompt's unfinished character unless the answer's first byte continues it."""
+        self._is_at_border = False
+        try:
+            codecs.utf_8_decode(self._decoder.getstate()[0] + first, "strict", False)
+        except UnicodeDecodeError:
+            self._decoder.reset()
 
 
 class WindowStream:
@@ -110,7 +131,8 @@ class WindowStream:
     ) -> None:
         self._vocabulary = vocabulary
         self._skip_special = skip_special_tokens
-        self._ids = list(prompt_token_ids[-_PROMPT_CONTEXT:])
+        known = vocabulary.vocab_size
+        self._ids = [i for i in prompt_token_ids[-_PROMPT_CONTEXT:] if i < known]
         self._begin = 0
         self._unread = len(self._ids)
 

@@ -19,6 +19,10 @@ from weft.model.detokenizer import (
     byte_level_bytes,
 )
 
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+)
+"""Template variables that requests set by parameters of their own."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
@@ -114,25 +118,27 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Turn token ids into text; bytes that are no UTF-8 become U+FFFD.
 
+        Ids beyond the vocabulary, which padded output layers have, stand for nothing: which ids a
+        prompt may hold is for the model to say, not for its tokenizer.
+
         Raises:
-            InvalidRequestError: an id is negative or not in the vocabulary.
+            InvalidRequestError: an id is negative.
         """
-        return self._backend.decode(
-            self.check_ids(token_ids), skip_special_tokens=skip_special_tokens
-        )
+        ids = [i for i in self.check_ids(token_ids) if i < self.vocab_size]
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def check_ids(self, token_ids: Iterable[int]) -> list[int]:
-        """Return the ids as a list.
+    def check_ids(self, token_ids: Iterable[int], *, num_ids: int | None = None) -> list[int]:
+        """Return the ids as a list; `num_ids` is the width of the model's logits.
 
         Raises:
-            InvalidRequestError: an id is negative or not in the vocabulary.
+            InvalidRequestError: an id is negative, or not below `num_ids`.
         """
         ids = list(token_ids)
         for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
+            if token_id < 0 or (num_ids is not None and token_id >= num_ids):
+                bound = "0 or more" if num_ids is None else f"in [0, {num_ids})"
                 raise InvalidRequestError(
-                    f"token id {token_id} is out of range; it must be in [0, {self.vocab_size})",
-                    param="prompt",
+                    f"token id {token_id} is out of range; it must be {bound}", param="prompt"
                 )
         return ids
 
@@ -183,20 +189,13 @@ class Tokenizer:
         Raises:
             InvalidRequestError: no template, no messages, or the template refuses them.
         """
-        reserved = {"messages", "tools", "documents", "add_generation_prompt"}
-        clash = reserved & set(chat_template_kwargs or {})
-        if clash:
-            raise InvalidRequestError(
-                f"chat_template_kwargs may not set {', '.join(sorted(clash))}",
-                param="chat_template_kwargs",
-            )
         return self._template(chat_template, bool(tools)).render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             documents=documents,
-            **(chat_template_kwargs or {}),
+            template_kwargs=_template_variables(chat_template_kwargs),
         )
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **render_kwargs: Any) -> list[int]:
@@ -225,6 +224,24 @@ class Tokenizer:
     def _id_of(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
+
+
+def _template_variables(given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A caller's own variables; those that have their own parameter may not come this way."""
+    variables: Any = {} if given is None else given
+    if not isinstance(variables, Mapping):
+        raise InvalidRequestError(
+            f"chat_template_kwargs is {given!r}; it must be a mapping of names to values",
+            param="chat_template_kwargs",
+        )
+    clash = [str(key) for key in variables if not isinstance(key, str) or key in _RESERVED]
+    if clash:
+        raise InvalidRequestError(
+            f"chat_template_kwargs may not set {', '.join(sorted(clash))}; its keys are names of "
+            f"the template's own variables, other than {', '.join(sorted(_RESERVED))}",
+            param="chat_template_kwargs",
+        )
+    return variables
 
 
 def _read_text(path: Path) -> str:

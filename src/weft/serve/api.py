@@ -177,10 +177,10 @@ class Api:
         """Token ids to text."""
         body = await self._read(request, DetokenizeBody)
         try:
-            text = self.tokenizer.decode(body.tokens, skip_special_tokens=False)
+            tokens = self.tokenizer.check_ids(body.tokens, num_ids=self.client.info.vocab_size)
         except InvalidRequestError as error:
             raise InvalidRequestError(error.message, "tokens", error.code) from None
-        return _json({"prompt": text})
+        return _json({"prompt": self.tokenizer.decode(tokens, skip_special_tokens=False)})
 
     # ---- about the server ----
 

@@ -6,6 +6,7 @@ the engine: `choices_to_finish` tells its owner which choices a stop string has 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from weft.engine.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
@@ -41,13 +42,16 @@ class StopScanner:
         self.matched: str | None = None
         """The stop string that was found; nothing may be pushed after it."""
 
-    def push(self, text: str) -> str:
-        """Take text; return what is certain to be output."""
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """Take text; return what is certain to be output.
+
+        Where `may_stop` is false, stop strings that end in this text are passed over, and one
+        that begins in it is found once it ends in a later text.
+        """
         buffer = self._held + text
-        end, begin, stop = min(
-            ((at + len(stop), at, stop) for stop in self._stops if (at := buffer.find(stop)) >= 0),
-            default=(-1, -1, None),
-        )
+        end, begin, stop = -1, -1, None
+        if may_stop:
+            end, begin, stop = min(self._matches(buffer), default=(end, begin, stop))
         if stop is not None:
             self.matched = stop
             self._held = ""
@@ -60,6 +64,16 @@ class StopScanner:
         """Return what was held back; the text has ended without a stop string."""
         held, self._held = self._held, ""
         return held
+
+    def _matches(self, buffer: str) -> Iterator[tuple[int, int, str]]:
+        """End, beginning and text of each stop string's first match that ends in the new text.
+
+        What was held is old news: a stop string that ended in it was passed over on purpose.
+        """
+        for stop in self._stops:
+            at = buffer.find(stop, max(0, len(self._held) - len(stop) + 1))
+            if at >= 0:
+                yield at + len(stop), at, stop
 
     def _num_held(self, buffer: str) -> int:
         longest = 0
@@ -130,11 +144,8 @@ class ChoiceProcessor:
         """Decode token by token; returns text and how many tokens belong to the output."""
         out: list[str] = []
         for position, token in enumerate(spoken, start=1):
-            text = self._stream.push((token,))
-            if len(self.token_ids) + position <= self._min_tokens:
-                out.append(text)
-                continue
-            out.append(scanner.push(text))
+            may_stop = len(self.token_ids) + position > self._min_tokens
+            out.append(scanner.push(self._stream.push((token,)), may_stop=may_stop))
             if scanner.matched is not None:
                 self._stop_at(scanner.matched)
                 return "".join(out), position
