@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from weft.graph.graph import Graph, Op
+from weft.graph.graph import Graph
 from weft.plan.cost_table import CostTable, StageTable, Variant, distinct_bytes, divisors
 from weft.plan.in_flight import in_flight_samples
 from weft.plan.placement import place, stage_order
@@ -121,7 +121,7 @@ def stage_times_per_sample_s(table: CostTable, choices: Sequence[StageChoice]) -
         if choice.tp == 1:
             one = prices.time_per_sample_s(choice.micro_batch, variant)[row]
         else:
-            forward_s, backward_s = _seconds(table, choice, choice.micro_batch)
+            ((forward_s, backward_s),) = _seconds(table, choice, [choice.micro_batch])
             one = (forward_s + backward_s) / choice.micro_batch
         found.append(float(one))
     return found
@@ -206,7 +206,8 @@ def _stage(
         for b in divisors(table.batch_size, table.batch_size)
         if b % choice.dp == 0 and (b & (b - 1) == 0 or b == choice.micro_batch)
     ]
-    seconds = {b: _seconds(actual, choice, b) for b in sorted({*sizes, choice.micro_batch})}
+    sizes = sorted({*sizes, choice.micro_batch})
+    seconds = dict(zip(sizes, _seconds(actual, choice, sizes), strict=True))
     frozen = (
         gradient_bytes == 0
         and not any(op.flops_backward for op in ops)
@@ -243,36 +244,17 @@ def _stage(
     )
 
 
-def _seconds(table: CostTable, choice: StageChoice, micro_batch: int) -> tuple[float, float]:
+def _seconds(
+    table: CostTable, choice: StageChoice, micro_batches: Sequence[int]
+) -> list[tuple[float, float]]:
     """Forward and backward seconds of one micro-batch, tensor-parallel collectives included."""
-    local = micro_batch // choice.dp
-    times = table.op_times(local, choice.tp)
     rows = sorted(choice.ops)
-    forward_s, backward_s = float(times.forward_s[rows].sum()), float(times.backward_s[rows].sum())
-    if choice.tp > 1:
-        ops = [table.graph.ops[row] for row in rows]
-        collective_s = sum(tensor_parallel_s(table, op, local, choice.tp) for op in ops)
-        forward_s += collective_s
-        backward_s += collective_s
+    times = table.pass_times(tuple(b // choice.dp for b in micro_batches), choice.tp)
+    forward_s = times.forward_s[rows].sum(axis=0)
+    backward_s = times.backward_s[rows].sum(axis=0)
     if choice.recompute:
-        backward_s += forward_s
-    return forward_s, backward_s
-
-
-def tensor_parallel_s(table: CostTable, op: Op, local_samples: int, tp: int) -> float:
-    """Seconds of the all-reduces that tensor parallelism adds to one pass over an operator.
-
-    Two all-reduces of the output per transformer layer and direction (Megatron-LM, arXiv 2104.04473
-    §3.2): here two for a block of several weight matrices, one for a single one.
-    """
-    num_weights = sum(
-        table.graph.parameter_by_id[name].num_elements * 64 > op.output_bytes
-        for name in op.param_ids
-    )
-    if num_weights == 0:
-        return 0.0
-    num_bytes = float(op.output_bytes * local_samples)
-    return min(num_weights, 2) * table.cost.all_reduce_s(num_bytes, range(tp), table.cluster)
+        backward_s = backward_s + forward_s
+    return list(zip(forward_s.tolist(), backward_s.tolist(), strict=True))
 
 
 def _all_reduce_s(
@@ -290,12 +272,16 @@ def _with_shared_gradients(table: CostTable, stages: Sequence[Stage]) -> tuple[S
     holders: dict[str, list[Stage]] = {}
     for stage in stages:
         for name in stage.param_ids:
+            if name not in table.shared_parameters:
+                continue
             holders.setdefault(name, []).append(stage)
     extra = dict.fromkeys(range(len(stages)), 0.0)
     for name, held in holders.items():
+        if len(held) < 2:
+            continue
         gradient_bytes = table.training.gradient_bytes(table.graph.parameter_by_id[name])
         ring = sorted({device for stage in held for device in stage.devices})
-        if len(held) < 2 or gradient_bytes == 0 or len(ring) < 2:
+        if gradient_bytes == 0 or len(ring) < 2:
             continue
         seconds = table.cost.all_reduce_s(gradient_bytes, ring, table.cluster)
         for stage in held:

@@ -76,8 +76,13 @@ class BottleneckSolver:
         self.max_depth = max_depth
         self.num_states = 0
         self.bound_s = np.inf
-        self._order = np.argsort(candidates.num_devices, kind="stable")
+        self._sizes = candidates.num_devices.astype(np.int32)
+        self._order = np.argsort(self._sizes, kind="stable")
         self._limits = np.minimum(candidates.max_in_flight, max_depth)
+        # Most stages hold as many micro-batches as there can be, however they run.
+        is_unlimited = (self._limits == max_depth).all(axis=1)
+        self._unlimited = np.flatnonzero(is_unlimited)
+        self._limited = np.flatnonzero(~is_unlimited)
         # Downstream counts below which nothing may come: source must exceed downstream by one.
         source = np.arange(max_depth + 1)
         self._after = np.where(source[None, :] > source[:max_depth, None], 0, NONE).astype(np.int32)
@@ -127,17 +132,18 @@ class BottleneckSolver:
     def _stage_devices(self, bound_s: float) -> Devices:
         """Fewest devices of each candidate stage at each in-flight count; last row: no stage."""
         seconds = self.candidates.time_per_sample_s
-        num_stages = len(seconds)
-        devices = np.full((num_stages + 1, self.max_depth + 1), NONE, dtype=np.int32)
+        # An infinite price means that the stage may not run so, whatever the bound.
+        possible = np.isfinite(seconds) & (seconds <= bound_s)
+        devices = np.full((len(seconds) + 1, self.max_depth + 1), NONE, dtype=np.int32)
+        sizes = np.where(possible[self._unlimited], self._sizes[None, :], NONE)
+        devices[self._unlimited] = sizes.min(axis=1, initial=NONE)[:, None]
         counts = np.arange(self.max_depth + 1)
         for column in self._order[::-1]:
-            # An infinite price means that the stage may not run so, whatever the bound.
-            possible = np.isfinite(seconds[:, column]) & (seconds[:, column] <= bound_s)
-            rows = np.flatnonzero(possible)
+            rows = self._limited[possible[self._limited, column]]
             if not len(rows):
                 continue
             fits = counts[None, :] <= self._limits[rows, column][:, None]
-            devices[rows] = np.where(fits, self.candidates.num_devices[column], devices[rows])
+            devices[rows] = np.where(fits, self._sizes[column], devices[rows])
         devices[:, 0] = NONE
         return devices
 

@@ -109,6 +109,8 @@ class CostTable:
         self._on: dict[str, CostTable] = {}
         self._op_times: dict[tuple[int, int], OpTimes] = {}
         self._reserved: dict[int, NDArray[np.float64]] = {}
+        self._pass_times: dict[tuple[tuple[int, ...], int], OpTimes] = {}
+        self._collective_s: dict[tuple[int, int], NDArray[np.float64]] = {}
         self._all_reduce: dict[int, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {}
         self._transfer = _vectorised(lambda num_bytes: cost.transfer_s(num_bytes, self.link))
 
@@ -145,6 +147,40 @@ class CostTable:
                 forward_s[i], backward_s[i] = known[name]
             self._op_times[key] = OpTimes(forward_s=forward_s, backward_s=backward_s)
         return self._op_times[key]
+
+    def pass_times(self, local_samples: tuple[int, ...], tp: int) -> OpTimes:
+        """Seconds of every operator with its collectives, shape (operators, local batch sizes)."""
+        key = (local_samples, tp)
+        if key not in self._pass_times:
+            times = [self.op_times(samples, tp) for samples in local_samples]
+            extra = np.zeros((self.num_ops, len(local_samples)))
+            if tp > 1:
+                columns = [self.tensor_parallel_s(samples, tp) for samples in local_samples]
+                extra = np.stack(columns, axis=1)
+            self._pass_times[key] = OpTimes(
+                forward_s=np.stack([row.forward_s for row in times], axis=1) + extra,
+                backward_s=np.stack([row.backward_s for row in times], axis=1) + extra,
+            )
+        return self._pass_times[key]
+
+    def tensor_parallel_s(self, local_samples: int, tp: int) -> NDArray[np.float64]:
+        """Seconds of the all-reduces that tensor parallelism adds to one pass over each operator.
+
+        Two all-reduces of the output per transformer layer and direction (Megatron-LM, arXiv
+        2104.04473 §3.2): here two for a block of several weight matrices, one for a single one.
+        """
+        key = (local_samples, tp)
+        if key not in self._collective_s:
+            counts, sizes = np.zeros(self.num_ops), np.zeros(self.num_ops)
+            for i, op in enumerate(self.graph.ops):
+                num_weights = sum(
+                    self.graph.parameter_by_id[name].num_elements * 64 > op.output_bytes
+                    for name in op.param_ids
+                )
+                counts[i] = min(num_weights, 2)
+                sizes[i] = op.output_bytes * local_samples
+            self._collective_s[key] = counts * self.all_reduce_s(sizes, tp)
+        return self._collective_s[key]
 
     def reserved_bytes(self, local_samples: int) -> NDArray[np.float64]:
         """Scratch bytes of every operator at one local batch size."""
@@ -195,6 +231,11 @@ class CostTable:
             for parameter_id in dict.fromkeys(op.param_ids):
                 users.setdefault(parameter_id, []).append(i)
         return users
+
+    @cached_property
+    def shared_parameters(self) -> frozenset[str]:
+        """Parameters that more than one operator uses."""
+        return frozenset(name for name, users in self._users.items() if len(users) > 1)
 
     @cached_property
     def _edges(self) -> _EdgeMatrices:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished, fits_memory
@@ -28,6 +30,8 @@ class Configuration:
     micro_batch: int
     recompute: bool
     estimate_s: float = 0.0
+    bound_s: float = 0.0
+    """Seconds that no step of this configuration undercuts."""
 
 
 def plan_megatron(problem: Problem) -> TrainPlan:
@@ -51,43 +55,41 @@ def plan_megatron(problem: Problem) -> TrainPlan:
 def every_plan(problem: Problem) -> Iterator[TrainPlan]:
     """The plan of every configuration, whether or not it fits in memory."""
     segments = layer_segments(problem.table.graph, problem.linear_order)
-    for configuration in _configurations(problem, segments, None):
+    for configuration in _configurations(problem, segments):
         plan = to_plan(problem, segments, configuration)
-        if _can_run(plan):
+        if plan is not None:
             yield plan
 
 
-def candidates(problem: Problem, max_tp: int | None = None) -> Iterator[TrainPlan]:
+def candidates(problem: Problem) -> Iterator[TrainPlan]:
     """Plans of the most promising configurations that fit in memory."""
     segments = layer_segments(problem.table.graph, problem.linear_order)
-    ranked = sorted(
-        (_estimated(problem, segments, c) for c in _configurations(problem, segments, max_tp)),
-        key=lambda c: c.estimate_s,
-    )
     num_fitting = 0
-    is_chain: dict[int, bool] = {}
-    for configuration in ranked:
-        problem.effort.num_candidates += 1
+    for configuration in ranked_configurations(problem, segments):
         plan = to_plan(problem, segments, configuration)
-        if _can_run(plan) and fits_memory(plan):
+        if plan is not None and fits_memory(plan):
             num_fitting += 1
             yield plan
         if num_fitting == MAX_ASSEMBLED:
             return
 
 
-def _can_run(plan: TrainPlan) -> bool:
-    """Interleaving sends round the ring of devices, so it needs a model without skips."""
-    return plan.schedule != "interleaved" or len(plan.edges) == plan.num_stages - 1
+def ranked_configurations(
+    problem: Problem, segments: Sequence[tuple[int, ...]]
+) -> list[Configuration]:
+    """Every configuration that the rules allow, best by Megatron's formula first."""
+    found = [_estimated(problem, segments, c) for c in _configurations(problem, segments)]
+    problem.effort.num_candidates += len(found)
+    return sorted(found, key=lambda c: c.estimate_s)
 
 
 def _configurations(
-    problem: Problem, segments: Sequence[tuple[int, ...]], max_tp: int | None
+    problem: Problem, segments: Sequence[tuple[int, ...]]
 ) -> Iterator[Configuration]:
     cluster = problem.table.cluster
     num_devices = problem.num_devices
     per_node = min(node.num_devices for node in cluster.nodes)
-    for t in divisors(num_devices, min(per_node, max_tp or per_node)):
+    for t in divisors(num_devices, per_node):
         for p in divisors(num_devices // t, min(num_devices // t, len(segments))):
             d = num_devices // (t * p)
             if len(segments) % p:
@@ -115,10 +117,8 @@ def _estimated(
     total_s = forward_s + times.backward_s
     per_device = len(segments) // c.p
     # Chunks of a device are not contiguous; on uniform layers every p-th share weighs the same.
-    slowest_s = max(
-        sum(float(total_s[list(segments[i])].sum()) for i in range(start, start + per_device))
-        for start in range(0, len(segments), per_device)
-    )
+    layers_s = np.array([total_s[list(segment)].sum() for segment in segments])
+    slowest_s = float(layers_s.reshape(c.p, per_device).sum(axis=1).max())
     m = table.batch_size // c.micro_batch
     gradient_bytes = sum(table.training.gradient_bytes(p) for p in table.graph.parameters)
     ring = range(0, c.d * c.t, c.t)
@@ -127,14 +127,14 @@ def _estimated(
         if c.d > 1
         else 0.0
     )
-    return Configuration(
-        p=c.p,
-        t=c.t,
-        d=c.d,
-        v=c.v,
-        micro_batch=c.micro_batch,
-        recompute=c.recompute,
+    chunks_s = layers_s.reshape(c.v, c.p, -1).sum(axis=2)
+    # A device computes every micro-batch, after the stages before it fill and before they drain.
+    before_s = np.cumsum(chunks_s[0]) - chunks_s[0]
+    bound_s = float((m * chunks_s.sum(axis=0) + before_s).max())
+    return replace(
+        c,
         estimate_s=(m + (c.p - 1) / c.v) * slowest_s + all_reduce_s,
+        bound_s=bound_s * (1 - 1e-9),
     )
 
 
@@ -151,10 +151,15 @@ def _is_chain(problem: Problem, segments: Sequence[tuple[int, ...]], num_stages:
 
 def to_plan(
     problem: Problem, segments: Sequence[tuple[int, ...]], configuration: Configuration
-) -> TrainPlan:
-    """The plan of a configuration: stage s on device group s mod p."""
+) -> TrainPlan | None:
+    """The plan of a configuration, stage s on device group s mod p; None where it cannot run.
+
+    Interleaving sends round the ring of devices, so it needs a model without skips.
+    """
     c = configuration
     num_stages = c.p * c.v
+    if c.v > 1 and not _is_chain(problem, segments, num_stages):
+        return None
     per_stage = len(segments) // num_stages
     group = c.t * c.d
     choices = [

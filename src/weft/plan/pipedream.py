@@ -30,14 +30,15 @@ def plan_pipedream(problem: Problem) -> TrainPlan:
     published check assumes asynchronous warm-up). Raises InfeasiblePlanError when nothing fits.
     """
     search = linear_search(problem)
-    best = choose(problem, _plans(problem, search), len(problem.micro_batches))
+    best = choose(problem, candidates(problem, search), len(problem.micro_batches))
     if best is None:
         raise explain_infeasible(problem, search)
     return finished(problem, best)
 
 
-def _plans(problem: Problem, search: BottleneckSearch) -> Iterator[TrainPlan]:
+def candidates(problem: Problem, search: BottleneckSearch | None = None) -> Iterator[TrainPlan]:
     """The plan of every micro-batch size that fits in memory."""
+    search = search or linear_search(problem)
     for micro_batch in problem.micro_batches:
         if problem.effort.is_over:
             return

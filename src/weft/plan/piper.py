@@ -42,7 +42,7 @@ def plan_piper(problem: Problem) -> TrainPlan:
             "downsets, the limit of the published program (n operators in each of p branches make "
             "(n+1)^p); use method='graphpipe'"
         )
-    best = choose(problem, _plans(problem, downsets), len(problem.micro_batches))
+    best = choose(problem, candidates(problem, downsets), len(problem.micro_batches))
     if best is None:
         raise explain_infeasible(problem, linear_search(problem))
     return finished(problem, best)
@@ -68,7 +68,8 @@ def enumerate_downsets(graph: Graph, limit: int) -> list[int] | None:
     return sorted(found, key=lambda downset: (downset.bit_count(), downset))
 
 
-def _plans(problem: Problem, downsets: Sequence[int]) -> Iterator[TrainPlan]:
+def candidates(problem: Problem, downsets: Sequence[int]) -> Iterator[TrainPlan]:
+    """The plan of least bottleneck of every micro-batch size; memory is not yet checked."""
     linear = linear_search(problem)
     for micro_batch in problem.micro_batches:
         if problem.effort.is_over:

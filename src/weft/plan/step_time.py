@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from weft.graph.series_parallel import Composition
-from weft.plan import data_parallel, megatron
+from weft.plan import data_parallel, megatron, pipedream, piper
 from weft.plan.bottleneck import Solution
 from weft.plan.choose import evaluated, fits_memory
 from weft.plan.estimate import pipeline_s
 from weft.plan.graphpipe import new_search, notes, to_plan
 from weft.plan.infeasible import explain_infeasible
+from weft.plan.layers import layer_segments
 from weft.plan.problem import Problem
 from weft.plan.search import BottleneckSearch
 from weft.plan.spp import linear_search
@@ -24,6 +25,15 @@ SLACK = (1.08, 1.2, 1.4, 1.7, 2.2, 3.0, 5.0)
 
 SIMULATED_PER_SIZE = 4
 """Candidates of one micro-batch size that are simulated: the best by the closed form."""
+
+MAX_UNIFORM = 64
+"""Uniform splits that are simulated at most; few are, since most are bounded away."""
+
+SMALL_PROBLEM = 400
+"""Operators times devices up to which the sequential planners' own plans are candidates too."""
+
+SMALL_DOWNSETS = 600
+"""Downsets up to which Piper's plan is one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +50,8 @@ def plan_step_time(problem: Problem) -> TrainPlan:
     For every micro-batch size whose work alone is not slower than the best plan so far: the stage
     graphs of the class and the contiguous partitions of the linearised graph, at the least
     bottleneck and at slower ones that save depth, the latter also run as a chain, as sequential
-    planners do; besides, pure data parallelism and Megatron's uniform splits. Raises
-    InfeasiblePlanError when nothing fits.
+    planners do; besides, pure data parallelism, Megatron's uniform splits, and for small problems
+    the plans of PipeDream and Piper. Raises InfeasiblePlanError when nothing fits.
     """
     search = new_search(problem)
     searches = [(search, False)]
@@ -49,7 +59,11 @@ def plan_step_time(problem: Problem) -> TrainPlan:
         node.composition is Composition.PARALLEL for node in problem.decomposition.root.nodes()
     ):
         searches.append((linear_search(problem), True))
-    best = _best_other(problem)
+    best: TrainPlan | None = None
+    if not problem.rules:
+        for plan in data_parallel.candidates(problem):
+            if fits_memory(plan):
+                best = _faster(problem, best, plan)
     for bound_s, micro_batch in sorted(
         (search.lower_bound_s(b) * problem.table.batch_size, b) for b in problem.micro_batches
     ):
@@ -65,12 +79,14 @@ def plan_step_time(problem: Problem) -> TrainPlan:
             )
             if not fits_memory(plan):
                 continue
-            plan = evaluated(problem, plan)
-            if best is None or plan.step_time_s < best.step_time_s:
-                best = plan
+            best = _faster(problem, best, plan)
+    if not problem.rules:
+        best = _best_uniform(problem, best)
     if best is None:
         others = None if problem.rules else megatron.every_plan
         raise explain_infeasible(problem, search, others)
+    if not problem.rules:
+        best = _best_sequential(problem, best)
     return best.replace(
         method="graphpipe",
         search=problem.statistics,
@@ -78,22 +94,44 @@ def plan_step_time(problem: Problem) -> TrainPlan:
     )
 
 
-def _best_other(problem: Problem) -> TrainPlan | None:
-    """The best of the shapes that the search does not make: one stage, and uniform layers."""
-    if problem.rules:
-        return None
-    best: TrainPlan | None = None
-    plans = [*data_parallel.candidates(problem)]
-    for number, plan in enumerate(megatron.candidates(problem)):
-        if number == SIMULATED_PER_SIZE:
+def _best_uniform(problem: Problem, best: TrainPlan | None) -> TrainPlan | None:
+    """The best plan and Megatron's uniform splits, those apart that cannot be faster."""
+    segments = layer_segments(problem.table.graph, problem.linear_order)
+    num_simulated = 0
+    for configuration in megatron.ranked_configurations(problem, segments):
+        if num_simulated == MAX_UNIFORM or (best is not None and problem.effort.is_over):
             break
-        plans.append(plan)
+        if best is not None and configuration.bound_s >= best.step_time_s:
+            continue
+        plan = megatron.to_plan(problem, segments, configuration)
+        if plan is not None and fits_memory(plan):
+            num_simulated += 1
+            best = _faster(problem, best, plan)
+    return best
+
+
+def _best_sequential(problem: Problem, best: TrainPlan) -> TrainPlan:
+    """The best plan and, on graphs small enough, those of the planners with other stages.
+
+    Piper's stages may lie across branches; PipeDream's split whole servers first.
+    """
+    graph = problem.table.graph
+    if problem.num_devices * len(graph.ops) > SMALL_PROBLEM:
+        return best
+    plans = [*pipedream.candidates(problem)]
+    downsets = piper.enumerate_downsets(graph, SMALL_DOWNSETS)
+    if downsets is not None:
+        plans.extend(piper.candidates(problem, downsets))
     for plan in plans:
         if fits_memory(plan):
-            plan = evaluated(problem, plan)
-            if best is None or plan.step_time_s < best.step_time_s:
-                best = plan
+            best = _faster(problem, best, plan)
     return best
+
+
+def _faster(problem: Problem, best: TrainPlan | None, plan: TrainPlan) -> TrainPlan:
+    """The faster of two plans, the second one simulated here."""
+    plan = evaluated(problem, plan)
+    return plan if best is None or plan.step_time_s < best.step_time_s else best
 
 
 def _ranked(
