@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from time import perf_counter
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from weft.base.errors import ConfigError, WeftError
+from weft.cli.console import stdout_console
 from weft.cli.pricing import load_cost, load_graph, load_training
 from weft.cli.profile import parse_options
 from weft.cluster.cluster import Cluster
@@ -208,7 +207,7 @@ def _print(rows: Sequence[Row], setting: Setting) -> None:
             seconds(row.search_time_s or 0.0),
         )
     # A pipe or a file has no width to fit: a cut table is of no use there.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = stdout_console()
     console.print(table)
     for row in ranked:
         if row.reason:

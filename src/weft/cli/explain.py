@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from weft.base.errors import ConfigError
+from weft.cli.console import stdout_console
 from weft.plan.explain import explain as explain_plan
 from weft.plan.train_plan import TrainPlan
 from weft.plan.validate import validate_plan
@@ -51,7 +51,7 @@ def explain(
             size(row.memory_bytes),
             f"{100 * row.memory_fraction:.0f} %",
         )
-    Console().print(table)
+    stdout_console().print(table)
     for sentence in found.sentences:
         print(f"- {sentence}")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from weft.base.errors import ConfigError
+from weft.cli.console import stdout_console
 from weft.cli.pricing import load_cost, load_graph, load_training
 from weft.cli.profile import parse_options
 from weft.cluster.presets import load_cluster
@@ -198,7 +198,7 @@ def print_plan(found: TrainPlan, contention: bool = False) -> None:
             size(stage.memory_bytes),
             seconds(stage.micro_batch_s),
         )
-    Console().print(table)
+    stdout_console().print(table)
     row = _row(found, contention)
     print(
         f"step {seconds(row['step_time_s'])}, {row['throughput_per_s']:,.4g} samples/s, bubble "

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from weft.base.errors import ConfigError
 from weft.cli import profile_serve
+from weft.cli.console import stdout_console
 from weft.cluster.presets import local_cluster
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -132,5 +133,5 @@ def _print(rows: list[dict[str, Any]], device: str, out: Path) -> None:
             f"{row['forward_s'] * 1e3:.3f}",
             f"{row['backward_s'] * 1e3:.3f}",
         )
-    Console().print(table)
+    stdout_console().print(table)
     print(f"wrote {out}")

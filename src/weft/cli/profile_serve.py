@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from weft.cli.console import stdout_console
 from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
 from weft.cost.step_time import IterationShape
 
@@ -169,7 +170,7 @@ def _chunk(shape: IterationShape) -> int:
 
 
 def _print(profile: StepTimeProfile, out: Path) -> None:
-    console = Console()
+    console = stdout_console()
     table = Table(title=f"{profile.model}, {profile.dtype}, {profile.device}")
     for column in ("iteration", "measured, ms", "fitted, ms", "spread"):
         table.add_column(column, justify="left" if column == "iteration" else "right")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from weft.base.errors import ConfigError
+from weft.cli.console import stdout_console
 from weft.cluster.presets import load_cluster
 from weft.plan.deadlock import check_deadlock
 from weft.plan.reprice import on_cluster
@@ -177,7 +176,7 @@ def _critical_seconds(timeline: Timeline) -> dict[str, float]:
 
 
 def _print(plan: TrainPlan, timeline: Timeline, with_path: bool) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = stdout_console()
     table = Table(title=f"{plan.graph_name} by {plan.method} on {plan.cluster.name} (simulated)")
     for column in ("step time", "samples/s", "bubble", "peak memory", "stages", "depth"):
         table.add_column(column, justify="right")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from weft.base.errors import ConfigError
+from weft.cli.console import stdout_console
 from weft.cluster.device import Link
 from weft.cluster.device_types import DEVICE_TYPES
 from weft.cost.fitted_step_time import StepTimeProfile
@@ -260,7 +260,7 @@ def _summary(
 
 def _print(summary: dict[str, Any]) -> None:
     settings = summary["settings"]
-    console = Console()
+    console = stdout_console()
     console.print(
         f"[bold]{settings['model']}[/bold] on {settings['device']}, {settings['dtype']}, step "
         f"times from a {settings['step_time']} (simulated)",
