@@ -23,6 +23,7 @@ from weft.cost.training import TrainingSpec
 from weft.graph.graph import Graph
 from weft.plan.api import METHODS, plan
 from weft.plan.problem import Objective
+from weft.plan.replay import step_time_s
 from weft.plan.train_plan import TrainPlan
 from weft.sim.render.layout import seconds, size
 from weft.sim.stage_executor import simulate
@@ -164,7 +165,7 @@ def planned(method: str, setting: Setting) -> TrainPlan:
         micro_batches=setting.micro_batches,
         cost=setting.cost,
         time_limit_s=setting.time_limit_s,
-        **({"evaluate": evaluate} if setting.contention else {}),
+        evaluate=evaluate if setting.contention else step_time_s,
     )
 
 
