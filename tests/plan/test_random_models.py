@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from hypothesis import event, given, settings
-from weft.plan.api import plan
-from weft.plan.validate import validate_plan
 
 from plan.graphs import RandomGraph, ToyCost, random_graphs, toy_cluster
 from plan.longest_path import makespan_s
 from weft.cost.training import TrainingSpec
+from weft.plan.api import plan
 from weft.plan.deadlock import check_deadlock
 from weft.plan.replay import step_time_s
 from weft.plan.schedules import generate
+from weft.plan.validate import validate_plan
 from weft.sim.stage_executor import simulate
 
 

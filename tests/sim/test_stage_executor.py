@@ -1,4 +1,4 @@
-"""What the simulated executor adds to longest paths: links, memory, all-reduce, bubbles, refusals."""
+"""What the simulated executor adds to longest paths: links, memory, all-reduce, bubbles."""
 
 from __future__ import annotations
 
