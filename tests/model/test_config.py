@@ -154,6 +154,9 @@ def test_generation_defaults_merge_eos_lists(tmp_path: Path) -> None:
         GenerationDefaults.from_dict({"eos_token_id": 97}, config)
     with pytest.raises(ModelLoadError, match="top_p is 'a'"):
         GenerationDefaults.from_dict({"top_p": "a"}, config)
+    with pytest.raises(ModelLoadError, match=r"generation_config.json: temperature is -1.*fail"):
+        GenerationDefaults.from_dict({"temperature": -1}, config)
+    assert not GenerationDefaults.from_dict({"max_new_tokens": 3}, config).sampling
 
 
 def test_family_names_are_model_types() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def test_settings_are_taken(directory: Path) -> None:
     assert built.executor.info.num_pages == (1 << 20) // built.executor.info.page_bytes
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("half", "float16"), ("float", "float32"), (torch.bfloat16, "bfloat16"), ("auto", "auto")],
+)
+def test_a_dtype_has_several_names(given: Any, name: str) -> None:
+    assert ExecutorConfig(model="m", dtype=given).dtype == name
+
+
 def test_a_cache_too_small_for_one_sequence_names_the_bytes_that_do(directory: Path) -> None:
     config = ExecutorConfig(model=str(directory), device="cpu", kv_cache_memory_bytes=5000)
     with pytest.raises(OutOfMemoryError, match="kv_cache_memory_bytes is 5000") as caught:
@@ -104,6 +113,10 @@ def test_a_context_too_long_for_the_memory_at_hand_is_cut_with_a_warning(
     [
         ({"max_model_len": 129}, ConfigError, "max_model_len is 129.*128"),
         ({"max_num_seqs": 0}, ConfigError, "max_num_seqs is 0"),
+        ({"max_model_len": 1}, ConfigError, "max_model_len is 1; it must be at least 2"),
+        ({"num_threads": 1.5}, ConfigError, "num_threads is 1.5; it must be a whole number"),
+        ({"kv_cache_memory_bytes": 10**15}, OutOfMemoryError, r"10{15} \(.*cpu has \d+ bytes"),
+        ({"model": ""}, ModelLoadError, "'' is neither"),
         ({"dtype": "int8"}, ConfigError, "dtype is 'int8'.*float32"),
         ({"device": "tpu"}, ConfigError, "device is 'tpu'"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
@@ -116,7 +129,9 @@ def test_bad_settings_are_named(
     directory: Path, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        build_executor(ExecutorConfig(**{"model": str(directory), **changes}))  # type: ignore[arg-type]
+        build_executor(
+            ExecutorConfig(**{"model": str(directory), "device": "cpu", **changes})  # type: ignore[arg-type]
+        )
 
 
 def test_a_hub_id_without_a_hub_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from serve.fake_engine import CHAT_TEMPLATE, greedy_text
 from weft.base.errors import ConfigError, InvalidRequestError, UnsupportedError
@@ -15,8 +19,10 @@ from weft.engine.request import FinishReason, SequenceUpdate
 from weft.engine.sampling import SamplingParams
 from weft.model.embedded import embedded_model_path
 from weft.serve.llm import LLM
+from weft.serve.messages import Ready, decode_from_engine, encode
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
+TURN = {"role": "user", "content": "hi"}
 
 
 @pytest.fixture
@@ -117,6 +123,19 @@ def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
         ([{"prompt_token_ids": [5, 999]}], "token id 999"),
         ([{"promt": "x"}], "a prompt is text"),
         ([3], "a prompt is text"),
+        (["fine", "a\udc80"], "prompt 1: the prompt is not valid Unicode"),
+        (None, "prompts is NoneType None; a prompt is text"),
+        (5, "prompts is int 5"),
+        (b"abc", "prompts is bytes"),
+        ({"prompt": None}, "prompt 0: it is dict .'prompt': None"),
+        ({"prompt_token_ids": "abc"}, "prompt_token_ids is str 'abc'"),
+        ({"prompt_token_ids": None}, "prompt_token_ids is NoneType None"),
+        ({"prompt_token_ids": [5, 1.5]}, "prompt_token_ids holds float 1.5"),
+        ({"prompt_token_ids": ["1"]}, "prompt_token_ids holds str '1'"),
+        ({"prompt_token_ids": [[1, 2]]}, r"prompt_token_ids holds list \[1, 2\]"),
+        ({"prompt_token_ids": [5, True]}, "prompt_token_ids holds bool True"),
+        ({"prompt_token_ids": np.array([True])}, "prompt_token_ids holds bool True"),
+        ({"prompt_token_ids": np.array(5)}, "prompt_token_ids is ndarray array"),
     ],
 )
 def test_one_bad_prompt_is_named_and_nothing_runs(
@@ -125,6 +144,104 @@ def test_one_bad_prompt_is_named_and_nothing_runs(
     with pytest.raises(InvalidRequestError, match=message):
         llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
     assert llm.engine_stats.num_prompt_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([None, GREEDY], r"sampling_params\[0\] is NoneType None; it must be SamplingParams"),
+        ("ab", "sampling_params is str 'ab'"),
+        (3, "sampling_params is int 3"),
+        ({"n": 1}, "sampling_params is dict"),
+        ([GREEDY], "sampling_params holds 1 entries for 2 prompts"),
+        (iter([GREEDY] * 3), "sampling_params holds 3 entries for 2 prompts"),
+    ],
+)
+def test_what_are_no_sampling_params_is_refused(llm: LLM, given: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        llm.generate(["a", "b"], given)
+    assert caught.value.param == "sampling_params"
+    with pytest.raises(InvalidRequestError, match="priority is int 5"):
+        llm.generate(["a", "b"], GREEDY, priority=5)  # type: ignore[arg-type]
+
+
+def test_any_integers_are_token_ids(llm: LLM) -> None:
+    prompts: list[dict[str, list[int]]] = [{"prompt_token_ids": list(b"hello")}]
+    (expected,) = llm.generate(prompts, GREEDY)
+    for ids in (np.frombuffer(b"hello", np.uint8), range(104, 105), torch.tensor([*b"hello"])):
+        (output,) = llm.generate({"prompt_token_ids": ids}, iter([GREEDY]))
+        assert all(type(token) is int for token in output.prompt_token_ids)
+        if len(ids) == 5:
+            assert output.outputs == expected.outputs
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "messages is NoneType None; a conversation is a list"),
+        (5, "messages is int 5"),
+        ("hi", "messages is str 'hi'"),
+        ([], "messages is empty"),
+        ([[]], "messages is empty"),
+        ([[TURN], []], "conversation 1: messages is empty"),
+        ([[TURN], TURN], "conversation 1: it is dict"),
+        (["a", "b"], r"messages\[0\] is str 'a'"),
+        ([{"content": "x"}], r"messages\[0\].role is NoneType None"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content is int 5"),
+        ([TURN, {"role": "user", "content": [{"type": "image_url"}]}], "'image_url'.*is text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text is missing"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "text is int 1"),
+        ([[TURN], [{"role": "user", "content": "\ud800"}]], "conversation 1: .*Unicode"),
+        ([[TURN], [{"role": "user", "content": "x" * 300}]], "conversation 1: the prompt has"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.chat(messages, GREEDY)
+    assert llm.engine_stats.num_prompt_tokens == 0
+
+
+def test_content_parts_are_joined_as_the_server_joins_them(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": "ho"}]
+    turns = [{"role": "assistant", "content": None}, {"role": "user", "content": parts}]
+    (output,) = llm.chat(turns, GREEDY)
+    prompt = "[assistant]\n[user]hi\nho\n[assistant]"
+    assert bytes(output.prompt_token_ids).decode() == prompt
+
+
+def test_template_variables_that_are_parameters_are_refused(llm: LLM) -> None:
+    for name in ("messages", "continue_final_message"):
+        with pytest.raises(InvalidRequestError, match=f"chat_template_kwargs may not set {name}"):
+            llm.chat([TURN], GREEDY, chat_template_kwargs={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_model_len": "5"}, "max_model_len is '5'; it must be a whole number"),
+        ({"max_model_len": 1.5}, "max_model_len is 1.5"),
+        ({"max_model_len": 1}, "max_model_len is 1; it must be at least 2"),
+        ({"kv_cache_memory_bytes": "1GiB"}, "kv_cache_memory_bytes is '1GiB'"),
+        ({"max_num_seqs": True}, "max_num_seqs is True"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"trace": "/no/such/directory/trace.json"}, "/no/such/directory/trace.json.*exists"),
+    ],
+)
+def test_settings_of_a_wrong_kind_are_named(
+    model_dir: Path, setting: dict[str, Any], message: str
+) -> None:
+    # The builder would fail by another error: nothing is loaded before the settings are checked.
+    with pytest.raises(ConfigError, match=message):
+        LLM(str(model_dir), builder="serve.fake_engine:build_failing", **setting)
+
+
+def test_a_model_has_a_name(model_dir: Path) -> None:
+    for model in ("", None, 5):
+        with pytest.raises(ConfigError, match=f"model is {model!r}; it must be a non-empty"):
+            LLM(model, builder="serve.fake_engine:build")  # type: ignore[arg-type]
+    with LLM(model_dir, builder="serve.fake_engine:build", seed=None) as llm:
+        assert llm.generate("hello", GREEDY)[0].outputs[0].text == greedy_text("hello", 10)
 
 
 def test_adapters_and_parallel_sizes_are_refused_by_name(llm: LLM, model_dir: Path) -> None:
@@ -153,8 +270,15 @@ def test_closing_twice_is_fine_and_using_after_is_not(model_dir: Path) -> None:
     llm = LLM(str(model_dir), builder="serve.fake_engine:build")
     llm.close()
     llm.close()
-    with pytest.raises(ConfigError, match="closed"):
-        llm.generate("x")
+    for use in (
+        lambda: llm.generate("x"),
+        lambda: llm.generate([]),
+        lambda: llm.chat([TURN]),
+        lambda: llm.engine_stats,
+        llm.__enter__,
+    ):
+        with pytest.raises(ConfigError, match="closed"):
+            use()
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -188,3 +312,10 @@ def test_the_embedded_model_completes_python() -> None:
         (chat,) = llm.chat([{"role": "user", "content": "import os\n"}], sampling)
         assert chat.outputs[0].text
         llm.check_integrity()
+
+
+def test_advised_whole_numbers_stay_whole_on_their_way_to_the_server(llm: LLM) -> None:
+    info = dataclasses.replace(llm.info, sampling_defaults={"top_k": 20, "top_p": 0.5})
+    ready = decode_from_engine(encode(Ready(info=info)))
+    assert isinstance(ready, Ready)
+    assert SamplingParams(**ready.info.sampling_defaults) == SamplingParams(top_k=20, top_p=0.5)  # type: ignore[arg-type]

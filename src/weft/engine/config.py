@@ -7,6 +7,18 @@ from dataclasses import dataclass
 from weft.base.errors import ConfigError
 
 
+def check_whole(name: str, value: object, lowest: int | None = None) -> None:
+    """Refuse a setting that is no whole number, or too low a one.
+
+    Raises:
+        ConfigError: names the setting and its value.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+    if lowest is not None and value < lowest:
+        raise ConfigError(f"{name} is {value}; it must be at least {lowest}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyConfig:
     """Limits that a policy keeps.
@@ -31,9 +43,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            check_whole(name, getattr(self, name), 1)
         if self.max_waiting is not None and self.max_waiting < 0:
             raise ConfigError(f"max_waiting is {self.max_waiting}; it must be 0 or more, or None")
         if not 0 <= self.admission_reserve < 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from weft.base.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnsupportedError
+from weft.engine.config import check_whole
 from weft.model.config import ModelConfig
 from weft.model.decoder import attention_shape
 from weft.model.generation import GenerationDefaults
@@ -19,7 +20,7 @@ from weft.model.loading import load_weights
 from weft.model.tokenizer import Tokenizer
 from weft.runtime.device_context import DeviceContext, create_context
 from weft.runtime.kv_layout import PAGE_TOKENS, KvLayout, kv_layout
-from weft.runtime.memory import format_bytes, free_memory_bytes
+from weft.runtime.memory import format_bytes, free_memory_bytes, most_memory_bytes
 from weft.runtime.torch_executor import TorchExecutor
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,15 @@ _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+}
+_DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+"""vLLM's."""
+_LOWEST = {
+    "max_model_len": 2,  # one token to read and one to write
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "kv_cache_memory_bytes": 1,
+    "num_threads": 1,
 }
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -48,7 +58,8 @@ class ExecutorConfig:
     model: str
     """A model directory, or a hub id where a hub is reachable."""
     dtype: str = "auto"
-    """float64, float32, bfloat16, float16, or auto: the checkpoint's where the device is quick."""
+    """float64, float32 (or float), bfloat16, float16 (or half), a torch dtype, or auto: the
+    checkpoint's where the device is quick."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     max_model_len: int | None = None
@@ -60,25 +71,19 @@ class ExecutorConfig:
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "kv_cache_memory_bytes",
-            "num_threads",
-        ):
+        for name, lowest in _LOWEST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            if value is not None:
+                check_whole(name, value, lowest)
         if self.tensor_parallel_size != 1:
             raise UnsupportedError(
                 f"tensor_parallel_size is {self.tensor_parallel_size}, which is not supported; "
                 "supported is 1"
             )
+        name = str(self.dtype).removeprefix("torch.")
+        object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(name, name))
         if self.dtype != "auto" and self.dtype not in _DTYPES:
-            raise ConfigError(
-                f"dtype is {self.dtype!r}; it must be auto or one of {', '.join(_DTYPES)}"
-            )
+            raise ConfigError(f"dtype is {name!r}; it must be auto or one of {', '.join(_DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +119,8 @@ def build_executor(config: ExecutorConfig) -> BuiltModel:
         ModelLoadError: the directory is missing, half-written or inconsistent.
         UnsupportedError: the model is of a kind that Weft does not run.
         ConfigError: max_model_len is beyond the model's context, or the device is not there.
-        OutOfMemoryError: the cache cannot hold one sequence; the message says how many bytes do.
+        OutOfMemoryError: the cache cannot hold one sequence, or the memory not the cache; the
+            message says how many bytes do.
     """
     path = resolve_model(config.model)
     model_config = ModelConfig.from_directory(path)
@@ -155,10 +161,12 @@ def resolve_model(model: str) -> Path:
         ModelLoadError: neither a directory nor a hub id that can be had.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise ModelLoadError(f"{model} is neither a model directory nor a hub id (owner/name)")
+        raise ModelLoadError(
+            f"{model or repr(model)} is neither a model directory nor a hub id (owner/name)"
+        )
     # Imported here: it is slow, and most models are directories.
     from huggingface_hub import snapshot_download
 
@@ -229,7 +237,7 @@ def resolve_sizes(
     the memory was set.
 
     Raises:
-        OutOfMemoryError: the cache cannot hold one sequence.
+        OutOfMemoryError: the cache cannot hold one sequence, or the memory not the cache.
     """
     max_model_len = config.max_model_len or model_config.max_context
     max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
@@ -239,6 +247,13 @@ def resolve_sizes(
     one = layout.pages_for_sequence(max_model_len, max_num_batched_tokens)
     if config.kv_cache_memory_bytes is not None:
         num_pages = config.kv_cache_memory_bytes // layout.page_bytes
+        most = most_memory_bytes(device)
+        if config.kv_cache_memory_bytes > most:
+            raise OutOfMemoryError(
+                f"kv_cache_memory_bytes is {config.kv_cache_memory_bytes} "
+                f"({format_bytes(config.kv_cache_memory_bytes)}); {device} has {most} bytes "
+                f"({format_bytes(most)}) at most: lower it"
+            )
     else:
         free = int(_FREE_SHARE[device.type] * free_memory_bytes(device))
         # More than all slots can fill would only be a larger prefix cache.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def free_memory_bytes(device: torch.device) -> int:
     """Bytes that could be allocated now; on the CPU, within the limit of the control group."""
@@ -15,6 +17,19 @@ def free_memory_bytes(device: torch.device) -> int:
         return free
     found = [_meminfo_available(), _cgroup_free()]
     return min((value for value in found if value is not None), default=1 << 30)
+
+
+def most_memory_bytes(device: torch.device) -> int:
+    """Bytes that one allocation could ever get: what a larger wish has to be refused by.
+
+    Unlike `free_memory_bytes` it counts what a control group's page cache or torch's own allocator
+    hold, since both give it back when asked.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [_meminfo_available(), _cgroup_limit()]
+    return min((value for value in found if value is not None), default=1 << 62)
 
 
 def format_bytes(size: float) -> str:
@@ -41,11 +56,17 @@ def _meminfo_available() -> int | None:
     return None
 
 
-def _cgroup_free() -> int | None:
-    group = Path("/sys/fs/cgroup")
+def _cgroup_limit() -> int | None:
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        return int((_CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def _cgroup_free() -> int | None:
+    limit = _cgroup_limit()
+    try:
+        used = int((_CGROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used)
+    return None if limit is None else max(0, limit - used)

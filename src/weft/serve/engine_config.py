@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft.base.errors import ConfigError
+from weft.engine.config import check_whole
 
 RUNTIME_BUILDER = "weft.serve.model_builder:build"
 """Builds the executor that runs a model directory on this machine's devices."""
+
+_LOWEST = {
+    "max_model_len": 2,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "kv_cache_memory_bytes": 1,
+    "num_threads": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +24,7 @@ class EngineConfig:
     """Settings of one engine; None and "auto" are resolved once, when it is built.
 
     Raises:
-        ConfigError: a number is below its least useful value.
+        ConfigError: a setting is of the wrong type, or below its least useful value.
     """
 
     model: str
@@ -35,16 +44,15 @@ class EngineConfig:
     """`module:function` from an `EngineConfig` to a `BuiltExecutor`, imported in the engine."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "kv_cache_memory_bytes",
-            "num_threads",
-        ):
+        for name in ("model", "dtype", "device", "builder"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            if not isinstance(value, str) or not value:
+                raise ConfigError(f"{name} is {value!r}; it must be a non-empty string")
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None:
+                check_whole(name, value, lowest)
+        check_whole("seed", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +61,7 @@ class EngineInfo:
 
     model_path: str
     """The model's directory on this machine, tokenizer included."""
-    sampling_defaults: dict[str, float]
+    sampling_defaults: dict[str, int | float]
     """`SamplingParams` fields that the model's authors advise."""
     max_model_len: int
     max_num_seqs: int

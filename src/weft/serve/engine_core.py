@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 from weft.base.clock import Clock, WallClock
 from weft.base.errors import ConfigError
@@ -28,7 +29,7 @@ class BuiltExecutor:
     eos_token_ids: tuple[int, ...]
     dtype: str
     device: str
-    sampling_defaults: dict[str, float] = field(default_factory=dict[str, float])
+    sampling_defaults: dict[str, int | float] = field(default_factory=dict[str, int | float])
 
 
 class EngineCore:
@@ -36,6 +37,7 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, *, clock: Clock | None = None) -> None:
         clock = clock or WallClock()
+        _check_trace(config.trace_path)
         built = _find_builder(config.builder)(config)
         self._executor: BatchExecutor = built.executor
         try:
@@ -118,6 +120,17 @@ class EngineCore:
     def close(self) -> None:
         """Give back memory and threads; writes the trace, if one was asked for."""
         self._executor.close()
+
+
+def _check_trace(path: str | None) -> None:
+    """Before anything is loaded: the file itself is written when all is done."""
+    if path is None:
+        return
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise ConfigError(
+            f"the trace goes to {path!r}, which is a directory or lies in none; name a file in a "
+            "directory that exists"
+        )
 
 
 def _find_builder(name: str) -> Callable[[EngineConfig], BuiltExecutor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import count
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypedDict
 
 from weft.base.clock import WallClock
-from weft.base.errors import ConfigError, InvalidRequestError, UnsupportedError
+from weft.base.errors import ConfigError, UnsupportedError
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.engine.sampling import SamplingParams
 from weft.model.tokenizer import Tokenizer
@@ -19,6 +20,14 @@ from weft.serve.engine_core import EngineCore
 from weft.serve.interrupts import held_interrupts
 from weft.serve.output_processor import RequestProcessor
 from weft.serve.outputs import RequestOutput
+from weft.serve.prompts import (
+    conversation_list,
+    naming,
+    per_prompt,
+    prompt_list,
+    prompt_parts,
+    sampling_list,
+)
 
 
 class TokensPrompt(TypedDict):
@@ -33,12 +42,15 @@ class TextPrompt(TypedDict):
     prompt: str
 
 
-Prompt = str | TokensPrompt | TextPrompt
+Prompt = str | TokensPrompt | TextPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
 class LLM:
     """A model and its engine, in this process. A context manager; `close` gives everything back.
+
+    `dtype` is auto, a name (float32, bfloat16, float16, float64; float and half for short) or one
+    of torch's own; a `seed` of None is 0.
 
     Raises:
         ModelLoadError: the model directory is missing, half-written or inconsistent.
@@ -49,19 +61,19 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | PathLike[str],
         *,
-        dtype: str = "auto",
+        dtype: object = "auto",
         device: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         kv_cache_memory_bytes: int | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         enable_prefix_caching: bool = True,
         num_threads: int | None = None,
         tensor_parallel_size: int = 1,
-        trace: str | None = None,
+        trace: str | PathLike[str] | None = None,
         builder: str = RUNTIME_BUILDER,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -71,17 +83,17 @@ class LLM:
             )
         self._core = EngineCore(
             EngineConfig(
-                model=str(model),
-                dtype=dtype,
+                model=str(model) if isinstance(model, PathLike) else model,
+                dtype=str(dtype).removeprefix("torch."),
                 device=device,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
-                seed=seed,
+                seed=0 if seed is None else seed,
                 enable_prefix_caching=enable_prefix_caching,
                 num_threads=num_threads,
-                trace_path=trace,
+                trace_path=None if trace is None else str(trace),
                 builder=builder,
             )
         )
@@ -94,8 +106,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         lora_request: object = None,
@@ -111,17 +123,24 @@ class LLM:
             InvalidRequestError: a prompt or its parameters cannot be served; nothing has run.
             UnsupportedError: `lora_request` is not None.
         """
+        self._check_open()
         _refuse_adapter(lora_request)
-        items: list[Prompt] = (
-            [prompts] if isinstance(prompts, str | Mapping) else list(prompts)  # pyright: ignore
-        )
-        texts, token_ids = self._encode(items)
-        return self._run(texts, token_ids, sampling_params, priority, use_tqdm=use_tqdm)
+        texts: list[str | None] = []
+        token_ids: list[Sequence[int]] = []
+        for number, prompt in enumerate(prompt_list(prompts)):
+            with naming(f"prompt {number}"):
+                parts = prompt_parts(prompt)
+                texts.append(parts.text)
+                if parts.token_ids is None:
+                    token_ids.append(self._tokenizer.encode(parts.text or ""))
+                else:
+                    token_ids.append(parts.token_ids)
+        return self._run("prompt", texts, token_ids, sampling_params, priority, use_tqdm=use_tqdm)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         lora_request: object = None,
@@ -132,25 +151,28 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or several; returns one output a conversation.
 
+        A message's content is text, a list of parts of type `text` (joined by newlines, as the
+        server does), or None.
+
         Raises:
             InvalidRequestError: a conversation does not fit the chat template or the context.
             UnsupportedError: `lora_request` is not None.
         """
+        self._check_open()
         _refuse_adapter(lora_request)
-        is_single = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: Sequence[Any] = [messages] if is_single else messages
-        token_ids = [
-            self._tokenizer.encode_chat(
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                chat_template=chat_template,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            for conversation in conversations
-        ]
+        token_ids: list[Sequence[int]] = []
+        for number, conversation in enumerate(conversation_list(messages)):
+            with naming(f"conversation {number}"):
+                ids = self._tokenizer.encode_chat(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    chat_template=chat_template,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            token_ids.append(ids)
         texts: list[str | None] = [None] * len(token_ids)
-        return self._run(texts, token_ids, sampling_params, None, use_tqdm=use_tqdm)
+        return self._run("conversation", texts, token_ids, sampling_params, None, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -163,7 +185,8 @@ class LLM:
 
     @property
     def engine_stats(self) -> EngineStats:
-        """Gauges and counters of this instant."""
+        """Gauges and counters of this instant; ConfigError once it is closed."""
+        self._check_open()
         return self._core.stats()
 
     def check_integrity(self) -> None:
@@ -181,6 +204,7 @@ class LLM:
             self._core.close()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(
@@ -193,32 +217,27 @@ class LLM:
 
     # ---- pieces ----
 
-    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[str | None], list[Sequence[int]]]:
-        texts: list[str | None] = []
-        token_ids: list[Sequence[int]] = []
-        for index, prompt in enumerate(prompts):
-            text = prompt if isinstance(prompt, str) else _field(prompt, index)
-            if isinstance(text, str):
-                texts.append(text)
-                token_ids.append(self._tokenizer.encode(text))
-            else:
-                texts.append(None)
-                token_ids.append(text)
-        return texts, token_ids
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this LLM is closed; make a new one")
 
     def _run(
         self,
+        kind: str,
         texts: Sequence[str | None],
         token_ids: Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         priority: Sequence[int] | None,
         *,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if self._is_closed:
-            raise ConfigError("this LLM is closed; make a new one")
-        params = self._spread(sampling_params, len(token_ids))
-        priorities = _of_length("priority", priority or [0] * len(token_ids), len(token_ids))
+        number = len(token_ids)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = sampling_list(sampling_params, number)
+        priorities = [0] * number
+        if priority is not None:
+            priorities = per_prompt("priority", priority, number, "a list of whole numbers")
         requests = [
             Request(
                 id=f"llm-{next(self._numbers)}",
@@ -230,7 +249,8 @@ class LLM:
             for ids, sampling, urgency in zip(token_ids, params, priorities, strict=True)
         ]
         for index, request in enumerate(requests):
-            self._validate(request, index)
+            with naming(f"{kind} {index}"):
+                self._core.validate(request)
         processors = {
             request.id: RequestProcessor(request, self._tokenizer, prompt=text)
             for request, text in zip(requests, texts, strict=True)
@@ -271,46 +291,6 @@ class LLM:
         processor.choices_to_finish.clear()
         if processor.is_finished:
             advance()
-
-    def _validate(self, request: Request, index: int) -> None:
-        try:
-            self._core.validate(request)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(
-                f"prompt {index}: {error.message}", error.param, error.code
-            ) from None
-
-    def _spread(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, number: int
-    ) -> Sequence[SamplingParams]:
-        if given is None:
-            given = self.get_default_sampling_params()
-        if isinstance(given, SamplingParams):
-            return [given] * number
-        return _of_length("sampling_params", given, number)
-
-
-def _field(prompt: Any, index: int) -> str | Sequence[int]:
-    fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {}
-    if set(fields) == {"prompt"} and isinstance(fields["prompt"], str):
-        return fields["prompt"]
-    if set(fields) >= {"prompt_token_ids"} and set(fields) <= {"prompt_token_ids", "prompt"}:
-        return fields["prompt_token_ids"]
-    raise InvalidRequestError(
-        f"prompt {index} is {type(prompt).__name__} {sorted(fields)}; a prompt is text, "
-        '{"prompt": text} or {"prompt_token_ids": ids}',
-        "prompts",
-    )
-
-
-def _of_length(name: str, values: Sequence[Any], number: int) -> Sequence[Any]:
-    if len(values) != number:
-        raise InvalidRequestError(
-            f"{name} holds {len(values)} entries for {number} prompts; give one for all, or one "
-            "a prompt",
-            name,
-        )
-    return values
 
 
 def _refuse_adapter(lora_request: object) -> None:

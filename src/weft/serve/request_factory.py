@@ -19,6 +19,7 @@ from weft.model.tokenizer import Tokenizer
 from weft.serve.api_keys import Tenant
 from weft.serve.engine_config import EngineInfo
 from weft.serve.parameters import check_parameters
+from weft.serve.prompts import content_text
 from weft.serve.protocol import (
     ChatBody,
     ChatMessage,
@@ -391,25 +392,14 @@ def _turn(message: ChatMessage, index: int) -> dict[str, str]:
                 "unsupported_parameter",
             )
     role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": _text(message, where)}
+    turn = {"role": role, "content": _content(message, where)}
     if message.name is not None:
         turn["name"] = message.name
     return turn
 
 
-def _text(message: ChatMessage, where: str) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    texts: list[str] = []
-    for position, part in enumerate(message.content):
-        if part.type != "text":
-            raise InvalidRequestError(
-                f"{where}.content[{position}] is of type {part.type!r}, which is not supported; "
-                "supported is text",
-                "messages",
-                "unsupported_parameter",
-            )
-        if part.text is None:
-            raise InvalidRequestError(f"{where}.content[{position}].text is missing", "messages")
-        texts.append(part.text)
-    return "\n".join(texts)
+def _content(message: ChatMessage, where: str) -> str:
+    content = message.content
+    if not isinstance(content, list):
+        return content_text(content, where)
+    return content_text([{"type": part.type, "text": part.text} for part in content], where)
