@@ -10,10 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from serve.conftest import Server
 from serve.fake_engine import greedy_text
 from serve.fake_server import MODEL_NAME
+from weft.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -61,6 +63,24 @@ MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], str | None, str]] = {
     "bias out of range": (_completion(logit_bias={"1": 101}), "logit_bias", "100"),
     "bias beyond vocabulary": (_completion(logit_bias={"259": 1}), "logit_bias", "258"),
     "stop token beyond": (_completion(stop_token_ids=[259]), "stop_token_ids", "258"),
+    "repetition_penalty tiny": (
+        _completion(repetition_penalty=1e-300),
+        "repetition_penalty",
+        "0.01",
+    ),
+    "repetition_penalty huge": (_completion(repetition_penalty=101), "repetition_penalty", "100"),
+    "stop too long": (_completion(stop=["x" * 1025]), "stop", "1024 characters"),
+    "unknown null": (_completion(unknown=None), "unknown", "unknown parameter"),
+    "a key for the renderer": (
+        _chat(chat_template_kwargs={"self": 1}),
+        "messages",
+        "self",
+    ),
+    "a key of the request": (
+        _chat(chat_template_kwargs={"continue_final_message": True}),
+        "chat_template_kwargs",
+        "continue_final_message",
+    ),
     "repetition_penalty 0": (_completion(repetition_penalty=0), "repetition_penalty", "0"),
     "presence_penalty 3": (_completion(presence_penalty=3), "presence_penalty", "2"),
     "unknown key": (_completion(temprature=1), "temprature", "unknown parameter"),
@@ -165,6 +185,41 @@ def test_a_body_that_is_no_json_object_is_400(
     answer = http.post(path, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert _error(answer)["type"] == "invalid_request_error"
+
+
+def _many(item: str) -> str:
+    return "[" + ",".join([item] * 100_000) + "]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (CompletionBody, f'{{"prompt": {_many("-1")}}}'),
+        (CompletionBody, f'{{"prompt": {_many("[-1]")}}}'),
+        (CompletionBody, f'{{"prompt": {_many("{}")}}}'),
+        (CompletionBody, f'{{"prompt": "x", "stop": {_many("1")}}}'),
+        (CompletionBody, f'{{"prompt": "x", "stop_token_ids": {_many("-1")}}}'),
+        (CompletionBody, json.dumps({"prompt": "x", "logit_bias": dict.fromkeys(range(9999), "")})),
+        (ChatBody, f'{{"messages": {_many("1")}}}'),
+        (ChatBody, f'{{"messages": [{{"role": "user", "content": {_many("1")}}}]}}'),
+        (DetokenizeBody, f'{{"tokens": {_many("-1")}}}'),
+    ],
+    ids=lambda value: value if isinstance(value, type) else value[:45],
+)
+def test_a_body_that_is_wrong_throughout_is_judged_by_its_first_mistakes(
+    kind: type[Body], content: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(content)
+    assert caught.value.error_count() <= 8
+
+
+def test_unknown_names_are_quoted_and_bounded(http: httpx.Client) -> None:
+    body = {"prompt": "x", **{f"k\n{i}" + "y" * 10_000: i for i in range(50)}}
+    answer = http.post(COMPLETIONS, json=body)
+    message = _error(answer)["message"]
+    assert message.count("'k\\n") == 10
+    assert len(answer.content) < 3000
 
 
 def test_a_surrogate_in_free_form_values_is_no_crash(http: httpx.Client) -> None:

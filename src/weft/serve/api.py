@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import weft
-from weft.base.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from weft.base.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
 from weft.model.tokenizer import Tokenizer
 from weft.serve.api_keys import ANYONE, ApiKeys, Tenant
 from weft.serve.chat import ChatWriter
@@ -27,6 +28,7 @@ from weft.serve.generation import ClientGoneError, Generation
 from weft.serve.http_errors import DrainingError, HttpError, as_http_error, is_unexpected
 from weft.serve.metrics import ServingMetrics
 from weft.serve.protocol import (
+    MAX_NAME_CHARS,
     Body,
     ChatBody,
     CompletionBody,
@@ -40,6 +42,8 @@ from weft.serve.responses import encode_json
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BODIES: tuple[type[Body], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 _SCHEMAS = "#/components/schemas/"
+_MAX_UNKNOWN_NAMED = 10
+_MAX_UNKNOWN_CHARS = 80
 
 logger = logging.getLogger("weft.server")
 B = TypeVar("B", bound=Body)
@@ -47,7 +51,11 @@ B = TypeVar("B", bound=Body)
 
 @dataclass(frozen=True, kw_only=True)
 class ApiConfig:
-    """How the API answers."""
+    """How the API answers.
+
+    Raises:
+        ConfigError: `max_waiting` is negative.
+    """
 
     model_names: tuple[str, ...]
     """Names under which the model is served; answers carry the first."""
@@ -56,6 +64,10 @@ class ApiConfig:
     max_waiting: int = 1024
     """Answers that may wait beyond those that the engine can run at once."""
     allow_unknown_params: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_waiting < 0:
+            raise ConfigError(f"max_waiting is {self.max_waiting}; it must be at least 0")
 
 
 class Api:
@@ -82,7 +94,9 @@ class Api:
 
     def app(self) -> FastAPI:
         """The ASGI application."""
-        app = FastAPI(title="Weft", version=weft.__version__, redoc_url=None)
+        app = FastAPI(
+            title="Weft", version=weft.__version__, redoc_url=None, redirect_slashes=False
+        )
         app.add_middleware(
             Gate, keys=self.config.keys, max_body_bytes=self.config.limits.max_body_bytes
         )
@@ -162,6 +176,7 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """Text or conversation to token ids."""
+        self._check_open()
         body = await self._read(request, TokenizeBody)
         tokens = await self._factory.tokenize(body)
         answer: dict[str, Any] = {
@@ -175,6 +190,7 @@ class Api:
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text."""
+        self._check_open()
         body = await self._read(request, DetokenizeBody)
         try:
             tokens = self.tokenizer.check_ids(body.tokens, num_ids=self.client.info.vocab_size)
@@ -186,11 +202,13 @@ class Api:
 
     async def models(self) -> Response:
         """All names that are served."""
+        self._check_open()
         data = [self._card(name) for name in self.config.model_names]
         return _json({"object": "list", "data": data})
 
     async def model(self, model: str) -> Response:
         """One name."""
+        self._check_open()
         self._check_model(model)
         return _json(self._card(model))
 
@@ -236,15 +254,16 @@ class Api:
         return body
 
     def _check_unknown(self, body: Body) -> None:
-        unknown = list(body.unknown_keys())
+        unknown = list(islice(body.unknown_keys(), _MAX_UNKNOWN_NAMED + 1))
         if not unknown:
             return
-        names = ", ".join(unknown)
+        names = ", ".join(map(_quote, unknown[:_MAX_UNKNOWN_NAMED]))
+        names += ", ..." if len(unknown) > _MAX_UNKNOWN_NAMED else ""
         if not self.config.allow_unknown_params:
             raise InvalidRequestError(
                 f"unknown parameter: {names}; see docs/reference/openai-parameters.md, or start "
                 "the server with --allow-unknown-params",
-                unknown[0].split(".")[0].split("[")[0],
+                unknown[0][:MAX_NAME_CHARS].split(".")[0].split("[")[0],
                 "unknown_parameter",
             )
         if names not in self._warned and len(self._warned) < 1000:
@@ -293,6 +312,8 @@ class Api:
         )
         for path, handler in gets:
             app.add_api_route(path, handler, methods=["GET"], response_class=Response)
+        # Load balancers ask so.
+        app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
 
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -307,6 +328,13 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def _tenant(request: Request) -> Tenant:
     return getattr(request.state, "tenant", ANYONE)
+
+
+def _quote(name: str) -> str:
+    """A name that a stranger chose, for messages and logs: printable and short."""
+    if len(name) <= _MAX_UNKNOWN_CHARS:
+        return repr(name)
+    return f"{name[:_MAX_UNKNOWN_CHARS]!r}..."
 
 
 def _json(value: Any) -> Response:

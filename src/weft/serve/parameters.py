@@ -82,8 +82,17 @@ _SHARED = (
     _used("frequency_penalty", "in [-2, 2]"),
     _used("presence_penalty", "in [-2, 2]"),
     _used("logit_bias", "token id (as a string) to a bias in [-100, 100]"),
-    _used("seed", "same seed and request, same answer, whatever else runs"),
-    _used("stop", "a string or up to 16; may span tokens; the text ends before it"),
+    _used(
+        "seed",
+        "draws follow from seed, choice and position alone, never from what else runs; the logits "
+        "under them do only up to rounding, which depends on the batch: in float64 answers repeat "
+        "exactly, in float32 but for near-ties, in bfloat16 and float16 they can differ",
+    ),
+    _used(
+        "stop",
+        "a string or up to 16, each of 1 to 1024 characters; may span tokens; the text ends before "
+        "it",
+    ),
     _used("stream", "server-sent events, ended by `data: [DONE]`"),
     _used(
         "stream_options",
@@ -149,7 +158,10 @@ CHAT_PARAMETERS = (
 _EXTRA = (
     _used("top_k", "keep the k likeliest tokens; 0 and -1 keep all"),
     _used("min_p", "drop tokens less likely than this share of the likeliest"),
-    _used("repetition_penalty", "divides positive logits of earlier tokens, multiplies negative"),
+    _used(
+        "repetition_penalty",
+        "in [0.01, 100]; divides positive logits of earlier tokens, multiplies negative",
+    ),
     _used("min_tokens", "EOS, stop tokens and stop strings wait until so many tokens are out"),
     _used("ignore_eos", "go on after EOS"),
     _used("stop_token_ids", "tokens that end the answer"),
@@ -209,7 +221,8 @@ _HEAD = """# OpenAI's parameters, one by one
 
 Every parameter of OpenAI's completions and chat completions is **used**, **accepted when neutral**
 (it asks for nothing that Weft would do otherwise), or **refused** by name with status 400 and code
-`unsupported_parameter`. `null` counts as not given, everywhere. Keys that are in no table below are
-400 with code `unknown_parameter`; with `--allow-unknown-params` they are ignored with a warning in
-the log. Values outside their range or of the wrong type are 400, and `param` names them.
+`unsupported_parameter`. `null` counts as not given for every parameter below. Keys that are in no
+table, `null` or not, are 400 with code `unknown_parameter`; with `--allow-unknown-params` they are
+ignored with a warning in the log. Values outside their range or of the wrong type are 400, and
+`param` names them.
 """

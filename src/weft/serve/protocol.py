@@ -11,6 +11,12 @@ MAX_NAME_CHARS = 512
 MAX_STOP_CHARS = 1024
 MAX_BIASED_TOKENS = 4096
 MAX_MESSAGES = 4096
+MAX_CONTENT_PARTS = 4096
+MAX_PROMPTS = 65536
+MAX_STOP_ITEMS = 256
+MAX_STOP_TOKENS = 4096
+MAX_TOKEN_IDS = 2**21
+"""Bounds of shape, so that no body is much work; the server's own limits are far below them."""
 _INT32_MAX = 2**31 - 1
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
@@ -18,7 +24,12 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# One wrong element is answer enough: an error for each of a million would take seconds to build.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
+Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenIdPrompts = Annotated[
+    list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+]
 
 
 class Body(BaseModel):
@@ -67,11 +78,19 @@ class GenerationBody(Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
-    logit_bias: Annotated[dict[str, Number], Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Number], Field(max_length=MAX_BIASED_TOKENS, fail_fast=True)] | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | list[StopString] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(max_length=MAX_STOP_ITEMS, fail_fast=True)]
+        | None
+    ) = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None
+    ) = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Count | None = None
     max_tokens: Count | None = None
@@ -88,12 +107,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: str | TokenIds | Prompts | TokenIdPrompts
     logprobs: Count | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
@@ -117,7 +131,11 @@ class ChatMessage(Body):
     """One turn."""
 
     role: Name
-    content: str | list[ContentPart] | None = None
+    content: (
+        str
+        | Annotated[list[ContentPart], Field(max_length=MAX_CONTENT_PARTS, fail_fast=True)]
+        | None
+    ) = None
     name: Name | None = None
     refusal: JsonValue = None
     audio: JsonValue = None
@@ -127,10 +145,15 @@ class ChatMessage(Body):
     function_call: JsonValue = None
 
 
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
+
+
 class ConversationBody(Body):
     """What a chat template is given."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
@@ -169,9 +192,7 @@ class TokenizeBody(Body):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
-        None
-    )
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -183,28 +204,46 @@ class DetokenizeBody(Body):
     """`POST /detokenize`."""
 
     model: Name | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
 
 
 EXPECTED: dict[str, str] = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
-    "stop": "a non-empty string or a list of non-empty strings",
+    "stop": "a non-empty string or a list of non-empty strings, each of at most 1024 characters",
     "content": "a string or a list of content parts",
 }
 """What a field takes, where a union's own error message would be a riddle."""
 
 
 def first_problem(errors: list[Any]) -> tuple[str, str | None]:
-    """Turn pydantic's list into one sentence and the name of the offending parameter."""
+    """Turn pydantic's list into one sentence and the name of the offending parameter.
+
+    Of a union, the branch speaks that got beyond the value's type, and what the field takes is
+    said as well.
+    """
     error = errors[0]
-    path = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
-    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
     param = next((str(part) for part in error["loc"][:1]), None)
-    for part in reversed(error["loc"]):
-        if part in EXPECTED and len(errors) > 1:
-            return f"{part} must be {EXPECTED[part]}", param
+    union = next((part for part in reversed(error["loc"]) if part in EXPECTED), None)
+    expected = f"{union} must be {EXPECTED[union]}" if union and len(errors) > 1 else ""
+    if expected:
+        same = [other for other in errors if union in other["loc"]]
+        error = next((e for e in same if not e["type"].endswith("_type")), None)
+        if error is None:
+            return expected, param
     if error["type"] == "json_invalid" or not error["loc"]:
         return f"the body is not a valid JSON object: {error['msg']}", None
+    where = _spell_path(error["loc"])
     if error["type"] == "missing":
         return f"{where} is missing; it is required", param
-    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}", param
+    said = f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+    return f"{said}; {expected}" if expected else said, param
+
+
+def _spell_path(loc: tuple[int | str, ...]) -> str:
+    """`messages[0].content`; the names of a union's branches are left out."""
+    parts = [f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc if _is_in_body(p)]
+    return "".join(parts).lstrip(".")[:MAX_NAME_CHARS]
+
+
+def _is_in_body(part: int | str) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part != "str")
