@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from weft.graph.graph import Graph
 from weft.graph.series_parallel import Composition, SeriesParallel
 from weft.plan.cost_table import CostTable
 
@@ -103,7 +102,7 @@ class StageSpace:
     member: NDArray[np.bool_]
     """Operators of each candidate stage, shape (stages, operators)."""
     depth: int
-    """Operators on the longest path: no stage graph is deeper."""
+    """Leaves on the longest path of the tree's order: no stage graph is deeper."""
     num_contiguous: int
     """Parallel nodes too wide for every grouping to be tried."""
 
@@ -141,7 +140,7 @@ def build_stage_space(
         root=chain,
         masks=tuple(builder.masks),
         member=membership(builder.masks, table.num_ops),
-        depth=longest_path(table.graph),
+        depth=_depth(root),
         num_contiguous=builder.num_contiguous,
     )
 
@@ -154,12 +153,12 @@ def membership(masks: Sequence[int], num_ops: int) -> NDArray[np.bool_]:
     return rows[:, :num_ops].astype(np.bool_)
 
 
-def longest_path(graph: Graph) -> int:
-    """Operators on the longest path of a graph."""
-    longest: dict[str, int] = {}
-    for op in graph.ops:
-        longest[op.id] = 1 + max((longest[p] for p in graph.predecessors[op.id]), default=0)
-    return max(longest.values())
+def _depth(node: _Node) -> int:
+    """Leaves on the longest path through a node, in the order that the tree gives."""
+    if not node.children:
+        return 1
+    depths = [_depth(child) for child in node.children]
+    return sum(depths) if node.composition is Composition.SERIES else max(depths)
 
 
 class _Builder:
