@@ -33,7 +33,17 @@ def explain(
     found = explain_plan(validate_plan(TrainPlan.from_json(text)))
     if as_json:
         rows = [asdict(report) for report in found.stages]
-        print(json.dumps({"rows": rows, "sentences": list(found.sentences)}))
+        devices = [asdict(report) for report in found.devices]
+        print(
+            json.dumps(
+                {
+                    "rows": rows,
+                    "devices": devices,
+                    "binds": list(found.binds),
+                    "sentences": list(found.sentences),
+                }
+            )
+        )
         return
     table = Table()
     for column in ("stage", "first operator"):

@@ -16,12 +16,17 @@ from weft.cli.pricing import load_cost, load_graph, load_training
 from weft.cli.profile import parse_options
 from weft.cluster.presets import load_cluster
 from weft.graph.graph import Graph
-from weft.plan.api import METHODS
+from weft.plan.api import CONSTRAINED_METHODS, METHODS
 from weft.plan.api import plan as make_plan
 from weft.plan.constraints import Constraint, FixedStage, ForbidCut, ForceCut, KeepTogether, Pin
 from weft.plan.diff import diff
 from weft.plan.explain import explain
-from weft.plan.export import megatron_layout, module_fqns_per_model_part, torch_schedule_csv
+from weft.plan.export import (
+    megatron_layout,
+    module_fqns_per_model_part,
+    torch_schedule_csv,
+    whole_layers,
+)
 from weft.plan.problem import Objective
 from weft.plan.replay import step_time_s
 from weft.plan.schedules import generate
@@ -91,6 +96,10 @@ def plan(
         print(json.dumps({"rows": [{"op": n} for n in names]}) if as_json else "\n".join(names))
         return
     spec = load_training(training)
+    wanted = load_constraints(constraints)
+    if export in (Export.TORCHTITAN, Export.MEGATRON) and method in CONSTRAINED_METHODS:
+        # These runtimes place whole layers.
+        wanted += whole_layers(graph)
 
     def evaluate(candidate: TrainPlan) -> float:
         return simulate(candidate).step_time_s
@@ -104,7 +113,7 @@ def plan(
         training=spec,
         micro_batches=_sizes(micro_batches),
         cost=load_cost(profile, spec),
-        constraints=load_constraints(constraints),
+        constraints=wanted,
         time_limit_s=time_limit,
         k=k,
         per_stage_recompute=per_stage_recompute,

@@ -38,7 +38,8 @@ from weft.plan.two_bw import plan_two_bw
 MAX_BLOCKS = 150
 """Operators above which a graph is coarsened before it is planned."""
 
-_CONSTRAINED = ("graphpipe", "spp")
+CONSTRAINED_METHODS = ("graphpipe", "spp")
+"""Methods that take constraints."""
 
 
 def plan(
@@ -75,9 +76,10 @@ def plan(
     """
     graph.validate()
     run, goal = _method(method), _objective(objective)
-    if constraints and method not in _CONSTRAINED:
+    if constraints and method not in CONSTRAINED_METHODS:
         raise UnsupportedError(
-            f"method {method!r} takes no constraints; methods that do: {', '.join(_CONSTRAINED)}"
+            f"method {method!r} takes no constraints; methods that do: "
+            f"{', '.join(CONSTRAINED_METHODS)}"
         )
     blocks = graph if len(graph.ops) <= max_blocks else coarsen(graph, max_blocks)
     if cost is None:
