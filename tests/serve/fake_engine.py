@@ -210,6 +210,13 @@ def build_dying(config: EngineConfig) -> BuiltExecutor:
     os._exit(9)
 
 
+def build_never(config: EngineConfig) -> BuiltExecutor:
+    """A model that loads for a minute; writes the process id to the file $FAKE_LOADING."""
+    Path(os.environ["FAKE_LOADING"]).write_text(str(os.getpid()))
+    time.sleep(60)
+    return _built(config, 0.0)
+
+
 def write_model_directory(directory: Path) -> Path:
     """A tokenizer of bytes with a chat template: all that the API process reads."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -87,3 +87,11 @@ def test_a_bad_file_is_refused_without_showing_keys(
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         ApiKeys.load((), tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ['["key"]', '"key"', '{"key": "a", "key": "b"}', "[" * 9999])
+def test_json_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="keys"):
+        ApiKeys.load((), path)

@@ -358,7 +358,11 @@ def test_a_full_queue_is_429(start_server: Callable[..., Server]) -> None:
         metrics = http.get("/metrics").text
         assert 'weft:admission_rejections_total{model_name="fake/model"} 1.0' in metrics
         many = http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 1, "n": 3})
-        assert "at most 2" in _error(many, 429)["message"]
+        error = _error(many)
+        assert "at most 2" in error["message"]
+        assert error["param"] == "n"
+        prompts = http.post(COMPLETIONS, json={"prompt": ["x"] * 3, "max_tokens": 1})
+        assert _error(prompts)["param"] == "prompt"
 
 
 def _error(answer: httpx.Response, status: int = 400) -> dict[str, Any]:

@@ -78,7 +78,12 @@ def test_the_engines_death_is_heard_by_all(start_server: Callable[..., Server]) 
             refused = http.post(path, json={"prompt": "x"})
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "engine_dead"
-        assert http.get("/health").status_code == 503
+        for path in ("/health", "/v1/models", f"/v1/models/{MODEL_NAME}"):
+            assert http.get(path).status_code == 503
+        assert http.post("/tokenize", json={"prompt": "x"}).status_code == 503
+        assert http.post("/detokenize", json={"tokens": [1]}).status_code == 503
+        assert _gauge(http, "num_requests_running") == 0
+        assert _gauge(http, "kv_cache_usage_perc") == 0
     assert server.process.wait(STOP_TIMEOUT_S) == 1
     assert time.monotonic() - killed_s < 5
 
@@ -121,14 +126,43 @@ def test_the_second_signal_stops(
         server.process.send_signal(number)
         _wait_until(lambda: http.get("/health").status_code == 503, "not draining")
         server.process.send_signal(number)
+        events = [line[6:] for line in lines if line]
+        assert json.loads(events[-2])["error"]["code"] == "draining"
+        assert events[-1] == "[DONE]"
         assert server.process.wait(STOP_TIMEOUT_S) == 128 + number
+    assert server.process.stderr is not None
+    assert "Traceback" not in server.process.stderr.read()
     assert not psutil.pid_exists(server.engine_pid)
 
 
-def test_the_engine_does_not_outlive_a_killed_server(start_server: Callable[..., Server]) -> None:
+def test_a_killed_server_leaves_nothing_behind(
+    start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     server = start_server()
+    assert list(tmp_path.glob("weft-*"))
     server.process.kill()
     _wait_until(lambda: not psutil.pid_exists(server.engine_pid), "the engine is an orphan")
+    assert not list(tmp_path.glob("weft-*"))
+
+
+def test_a_signal_while_the_model_loads_ends_both(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(TESTS / "serve" / "fake_server.py")),
+            json.dumps({"builder": "build_never"}),
+        ],
+        env=dict(os.environ, PYTHONPATH=str(TESTS), FAKE_LOADING=str(tmp_path / "pid")),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pid = tmp_path / "pid"
+    _wait_until(lambda: pid.exists() and bool(pid.read_text()), "the engine does not start")
+    process.terminate()
+    _, errors = process.communicate(timeout=STOP_TIMEOUT_S)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert not psutil.pid_exists(int(pid.read_text()))
 
 
 def test_the_engine_ignores_signals_to_the_whole_group(start_server: Callable[..., Server]) -> None:

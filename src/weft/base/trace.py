@@ -56,7 +56,13 @@ class TraceWriter:
         """Write all events; the file is complete or absent."""
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
+        with open(partial, "w", encoding="utf-8") as file:  # One string of all might not fit.
+            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+            separator = ""
+            for event in self._events:
+                file.write(separator + json.dumps(event))
+                separator = ",\n"
+            file.write("]}")
         partial.replace(target)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ import hmac
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,35 @@ def _read(path: Path) -> dict[str, Tenant]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the API key file {path} cannot be read: {error}") from error
+    if text.lstrip().startswith(("[", '"')):
+        raise ConfigError(
+            f"the API key file {path} starts as a JSON list or string; it must be a JSON object "
+            "from key to tenant, or plain lines of one key each"
+        )
     if not text.lstrip().startswith("{"):
         lines = (line.strip() for line in text.splitlines())
         tenants = {line: ANYONE for line in lines if line and not line.startswith("#")}
     else:
         try:
-            entries = json.loads(text)
-        except ValueError as error:
+            entries = json.loads(text, object_pairs_hook=partial(_object, path))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"the API key file {path} is not valid JSON: {error}") from error
         tenants = {key: _tenant(path, key, entry) for key, entry in entries.items()}
     if not tenants:
         raise ConfigError(f"the API key file {path} holds no key")
     return tenants
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two equal ones, one tenant would silently win."""
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ConfigError(f"{path}: the key that starts with {key[:4]!r} is there twice")
+        entries[key] = value
+    return entries
 
 
 def _tenant(path: Path, key: str, entry: Any) -> Tenant:

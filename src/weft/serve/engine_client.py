@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 import shutil
@@ -284,25 +285,31 @@ class EngineClient:
         """End the engine process and release everything; idempotent."""
         if self._is_closing:
             return
+        if self._process.poll() is None:
+            self._send(Shutdown())
         self._is_closing = True
         for task in self._tasks:
             task.cancel()
         if self._process.poll() is None:
-            self._send(Shutdown())
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_SHUTDOWN_TIMEOUT_S)
         self._release()
 
-    def kill(self) -> None:
-        """End the engine process now, whatever it is doing."""
+    def kill(self, reason: WeftError) -> None:
+        """End the engine process now, whatever it is doing; who waits for an answer hears why."""
+        if self._is_closing:
+            return
         self._is_closing = True
         for task in self._tasks:
             task.cancel()
+        self._fail_all(reason)
         self._release()
 
     # ---- the wire ----
 
     def _send(self, message: ToEngine) -> None:
+        if self._is_closing:
+            return  # The socket is closed, or about to be; the engine ends with all its requests.
         self._outbox.send(encode(message), zmq.NOBLOCK)
 
     def _wait_until_ready(self) -> EngineInfo:
@@ -387,15 +394,22 @@ class EngineClient:
             self._dispatch(decode_from_engine(self._inbox.recv()))
         reason = self._failure or f"it ended {_describe_exit(self._process.returncode)}"
         self.death = EngineDeadError(f"the engine process is gone: {reason}")
+        if self.stats is not None:  # Nothing runs any more; what was counted was counted.
+            self.stats = dataclasses.replace(
+                self.stats, num_running=0, num_waiting=0, kv_cache_usage=0.0
+            )
         logger.error("%s", self.death)
+        self._fail_all(self.death)
+        if self.on_death is not None:
+            self.on_death()
+
+    def _fail_all(self, error: WeftError) -> None:
         for live in list(self._live.values()):
-            live.mailbox.fail(self.death)
+            live.mailbox.fail(error)
             self._end(live)
         for answer in self._checks:
             if not answer.done():
-                answer.set_exception(self.death)
-        if self.on_death is not None:
-            self.on_death()
+                answer.set_exception(error)
 
     def _release(self) -> None:
         if self._process.poll() is None:

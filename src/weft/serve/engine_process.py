@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -129,7 +130,9 @@ def main(directory: str) -> int:
     """Build the engine that the first message describes and serve it; returns the exit code."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     _ignore_signals()
-    threading.Thread(target=_die_with_parent, name="life-line", daemon=True).start()
+    threading.Thread(
+        target=_die_with_parent, args=(directory,), name="life-line", daemon=True
+    ).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
     inbox = open_socket(context, zmq.PULL)
     inbox.bind(f"ipc://{Path(directory) / TO_ENGINE_SOCKET}")
@@ -172,11 +175,18 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(directory: str) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    shutil.rmtree(directory, ignore_errors=True)  # Its owner was killed and could not.
     os._exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    exit_code = main(sys.argv[1])
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is closed. Tearing down the interpreter only brings native libraries' complaints about
+    # their own objects (nanobind's "leaked functions" with triton).
+    os._exit(exit_code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from weft.base.errors import QueueFullError, WeftError
+from weft.base.errors import InvalidRequestError, QueueFullError, WeftError
 from weft.engine.request import FinishReason
 from weft.model.tokenizer import Tokenizer
 from weft.serve.engine_client import EngineClient
@@ -31,15 +31,17 @@ class Generation:
         max_live_choices: int,
     ) -> None:
         wanted = sum(item.request.sampling.n for item in prepared)
-        if client.num_live_choices + wanted > max_live_choices and client.num_live:
+        if wanted > max_live_choices:
+            raise InvalidRequestError(
+                f"{len(prepared)} prompts with n = {prepared[0].request.sampling.n} ask for "
+                f"{wanted} answers at once; this server takes at most {max_live_choices}: ask for "
+                "fewer",
+                "n" if len(prepared) <= max_live_choices else "prompt",
+            )
+        if client.num_live_choices + wanted > max_live_choices:
             raise QueueFullError(
                 f"the queue is full: {client.num_live_choices} answers are under way or waiting, "
                 f"{wanted} more are asked for, {max_live_choices} is the most; try again later"
-            )
-        if wanted > max_live_choices:
-            raise QueueFullError(
-                f"{wanted} answers are asked for at once; this server queues at most "
-                f"{max_live_choices}: ask for fewer"
             )
         self._client = client
         self.processors = [

@@ -14,8 +14,8 @@ from weft.base.trace import TraceWriter
 from weft.engine.batch import Batch, ExecutorInfo, SegmentKind, StepResult
 from weft.engine.executor import BatchExecutor
 
-MAX_EVENTS = 2_000_000
-"""Events kept in memory, about 1 GB; later iterations are not recorded."""
+MAX_EVENTS = 1_000_000
+"""Events kept in memory, about 600 MB; later iterations are not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,9 +18,12 @@ from weft.model.tokenizer import Tokenizer
 from weft.serve.api import Api, ApiConfig
 from weft.serve.engine_client import EngineClient
 from weft.serve.engine_config import EngineConfig
+from weft.serve.http_errors import DrainingError
 
 DEATH_GRACE_S = 2.0
 """After the engine's death requests hear 503 for so long, then the server exits with 1."""
+STOP_GRACE_S = 1.0
+"""After the second signal connections stay open for at most so long."""
 EXIT_ENGINE_DEAD = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -107,12 +110,17 @@ class _Server:
         if self._api.is_draining:
             logger.warning("told to stop again: ending %d requests", self._client.num_live)
             self._exit_code = 128 + number
-            self._client.kill()
-            self._uvicorn.force_exit = self._uvicorn.should_exit = True
+            self._client.kill(DrainingError("the server was told to stop at once"))
+            self._uvicorn.should_exit = True
+            # Streams get their error event; a client that does not read keeps nobody waiting.
+            asyncio.get_running_loop().call_later(STOP_GRACE_S, self._force_exit)
             return
         self._api.is_draining = True
         logger.warning("shutting down: finishing %d requests", self._client.num_live)
         self._spawn(self._drain())
+
+    def _force_exit(self) -> None:
+        self._uvicorn.force_exit = True
 
     async def _drain(self) -> None:
         while self._client.num_live:
@@ -174,10 +182,13 @@ def _url(listener: socket.socket) -> str:
 
 @contextlib.contextmanager
 def _terminate_raises() -> Generator[None, None, None]:
-    """While the model loads, SIGTERM ends the process as Ctrl-C does, and the engine with it."""
+    """While the model loads, SIGTERM ends the process as Ctrl-C does, and the engine with it.
+
+    Its exit code is that of a process which SIGTERM has ended.
+    """
 
     def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
