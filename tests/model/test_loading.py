@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from model.tiny_models import write_checkpoint
 from weft.base.errors import ModelLoadError
@@ -61,6 +62,36 @@ def test_sharded_equals_single_and_casts(tmp_path: Path) -> None:
     for a, b in zip(one.layers, many.layers, strict=True):
         assert torch.equal(a.down.dense().bfloat16(), b.down.dense())
     assert many.size_bytes * 4 == one.size_bytes
+
+
+@pytest.mark.parametrize("name", ["llama3-gqa", "qwen2"])
+def test_a_tied_output_layer_of_its_own_values_is_used_as_it_stands(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(name, tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit(tmp_path, lm_head__weight=embedding.clone())
+    weights = load(tmp_path)
+    assert weights.lm_head is weights.embedding
+    assert not caplog.records
+    own = embedding.flip(0).contiguous()
+    edit(tmp_path, lm_head__weight=own)
+    weights = load(tmp_path)
+    assert torch.equal(weights.lm_head.dense(), own)
+    assert torch.equal(weights.embedding.dense(), embedding)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in caplog.text
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(theirs.lm_head.weight, own), "the reference does the same"
+    edit(tmp_path, lm_head__weight=own[1:].contiguous())
+    with pytest.raises(ModelLoadError, match=r"lm_head\.weight has shape"):
+        load(tmp_path)
+
+
+def test_random_weights_of_no_two_layers_are_equal() -> None:
+    source = RandomSource(seed=0, dtype=torch.float32)
+    names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(32)]
+    drawn = {tuple(source.tensor(name, (4,)).tolist()) for name in names}
+    assert len(drawn) == len(names)
 
 
 def test_random_weights_depend_on_seed_and_name_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -194,7 +195,11 @@ class _Reader:
 
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < math.inf
+        ):
             raise ModelLoadError(f"{self.source}: {key} is {value!r}; a number above 0 is needed")
         return float(value)
 
@@ -220,6 +225,11 @@ def _family(raw: Mapping[str, Any], source: str) -> ModelFamily:
             f"{source}: model_type is {model_type!r}, which is not supported; {_SUPPORTED}"
         ) from None
     architectures = raw.get("architectures") or [_CAUSAL_LM[family]]
+    if not isinstance(architectures, list):
+        raise ModelLoadError(
+            f"{source}: architectures is {architectures!r}; a list such as "
+            f'["{_CAUSAL_LM[family]}"] is needed'
+        )
     if _CAUSAL_LM[family] not in architectures:
         raise UnsupportedError(
             f"{source}: architectures is {architectures}, which is not supported; {_SUPPORTED}"
@@ -283,7 +293,11 @@ def _sliding_layers(
 ) -> list[bool]:
     kinds = raw.get("layer_types")
     if kinds is None:
-        first = 0 if family is ModelFamily.MISTRAL else raw.get("max_window_layers", 28)
+        first: Any = 0 if family is ModelFamily.MISTRAL else raw.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool):
+            raise ModelLoadError(
+                f"{source}: max_window_layers is {first!r}; a whole number is needed"
+            )
         return [layer >= first for layer in range(num_layers)]
     known = {"full_attention": False, "sliding_attention": True}
     if not isinstance(kinds, list) or len(kinds) != num_layers:

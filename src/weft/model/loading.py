@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,10 +17,14 @@ from weft.base.errors import ModelLoadError
 from weft.model.config import ModelConfig, read_json_object
 from weft.model.weights import DecoderWeights, MakeLinear, build_weights, checkpoint_shapes
 
+_log = logging.getLogger(__name__)
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Derived tensors that older checkpoints carry."""
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,13 +107,36 @@ def load_weights(
 ) -> DecoderWeights:
     """Load a checkpoint.
 
+    An output layer that config.json calls tied, and that the checkpoint holds with other values
+    than the embedding's, is loaded as it stands, with a warning, as transformers does.
+
     Raises:
         ModelLoadError: a file is missing or truncated, or a tensor is missing, unexpected or of
             another shape than `config` asks for; the message names file and tensor.
     """
     with SafetensorsSource(directory, dtype=dtype, device=device) as source:
+        if config.tie_word_embeddings and _HEAD in source.names:
+            config = _untie_if_different(source, config, Path(directory))
         _check_names(source, config, Path(directory))
         return build_weights(config, source, make_linear)
+
+
+def _untie_if_different(
+    source: SafetensorsSource, config: ModelConfig, directory: Path
+) -> ModelConfig:
+    shape = (config.vocab_size, config.hidden_size)
+    if _EMBEDDING not in source.names or torch.equal(
+        source.tensor(_EMBEDDING, shape), source.tensor(_HEAD, shape)
+    ):
+        return config
+    _log.warning(
+        "%s: tie_word_embeddings is true, but %s differs from %s; it is used as it stands, untied "
+        "(set tie_word_embeddings to false to say so)",
+        directory,
+        _HEAD,
+        _EMBEDDING,
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
 def _check_names(source: SafetensorsSource, config: ModelConfig, directory: Path) -> None:
@@ -118,8 +147,8 @@ def _check_names(source: SafetensorsSource, config: ModelConfig, directory: Path
             f"{directory}: the checkpoint lacks {_some(missing)}, which config.json asks for"
         )
     unexpected = sorted(name for name in source.names - set(expected) if not _IGNORED.search(name))
-    if config.tie_word_embeddings and "lm_head.weight" in unexpected:
-        unexpected.remove("lm_head.weight")  # the embedding itself, written twice
+    if config.tie_word_embeddings and _HEAD in unexpected:
+        unexpected.remove(_HEAD)  # the embedding itself, written twice
     if unexpected:
         raise ModelLoadError(
             f"{directory}: the checkpoint holds {_some(unexpected)}, which a {config.family} model "

@@ -78,6 +78,14 @@ _KEYS = {
 }
 
 
+_REQUIRED: dict[RopeKind, set[str]] = {
+    RopeKind.LINEAR: {"factor"},
+    RopeKind.LLAMA3: {"factor", "low_freq_factor", "high_freq_factor"},
+    RopeKind.YARN: {"factor"},
+}
+"""What transformers asks for; it takes the pre-trained length from the configuration itself."""
+
+
 def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str) -> RopeConfig:
     """Read `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before).
 
@@ -86,11 +94,17 @@ def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str
         ModelLoadError: a number is missing or out of range.
     """
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
+    if not isinstance(given, Mapping):
+        key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+        raise ModelLoadError(
+            f"{source}: {key} is {given!r}; an object such as "
+            '{"rope_type": "linear", "factor": 2.0} is needed'
+        )
+    if any(isinstance(v, Mapping) for v in given.values()):
         raise UnsupportedError(
             f"{source}: RoPE parameters that differ by layer are not supported; got {given}"
         )
-    values = dict(given)
+    values: dict[str, Any] = dict(given)
     kind = _kind(values.get("rope_type", values.get("type", "default")), source)
     values.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if values["partial_rotary_factor"] not in (None, 1, 1.0):
@@ -108,20 +122,28 @@ def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str
         "original_max_position_embeddings", max_position_embeddings
     )
     values["original_max_position_embeddings"] = original
-    if kind is RopeKind.YARN and values.get("factor") is None:
-        values["factor"] = max_position_embeddings / original
+    missing = sorted(key for key in _REQUIRED[kind] if values.get(key) is None)
+    if missing:
+        raise ModelLoadError(
+            f"{source}: {kind} RoPE lacks {', '.join(missing)}; transformers refuses it as well"
+        )
+    theta = numbers.positive("rope_theta")
+    if kind is RopeKind.YARN and theta <= 1:
+        raise ModelLoadError(
+            f"{source}: rope_theta of yarn RoPE is {theta}; a number above 1 is needed"
+        )
     factor = numbers.positive("factor")
     return RopeConfig(
         kind=kind,
-        theta=numbers.positive("rope_theta"),
+        theta=theta,
         factor=factor,
-        original_max_position_embeddings=int(numbers.positive("original_max_position_embeddings")),
+        original_max_position_embeddings=numbers.whole("original_max_position_embeddings"),
         low_freq_factor=numbers.positive("low_freq_factor", 1.0),
         high_freq_factor=numbers.positive("high_freq_factor", 4.0),
         beta_fast=numbers.positive("beta_fast", 32.0),
         beta_slow=numbers.positive("beta_slow", 1.0),
-        truncate=bool(values.get("truncate", True)),
-        attention_factor=_attention_factor(values, factor) if kind is RopeKind.YARN else 1.0,
+        truncate=numbers.flag("truncate", True),
+        attention_factor=_attention_factor(numbers, factor) if kind is RopeKind.YARN else 1.0,
     )
 
 
@@ -174,11 +196,32 @@ class _Numbers:
     def positive(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < math.inf
+        ):
             raise ModelLoadError(
                 f"{self.source}: {key} of {self.kind} RoPE is {value!r}; a number above 0 is needed"
             )
         return float(value)
+
+    def whole(self, key: str) -> int:
+        value = self.positive(key)
+        if value < 1 or value != int(value):
+            raise ModelLoadError(
+                f"{self.source}: {key} of {self.kind} RoPE is {value}; a whole number is needed"
+            )
+        return int(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise ModelLoadError(
+                f"{self.source}: {key} of {self.kind} RoPE is {value!r}; true or false is needed"
+            )
+        return value
 
 
 def _kind(name: Any, source: str) -> RopeKind:
@@ -204,17 +247,16 @@ def _refuse_unknown(values: Mapping[str, Any], kind: RopeKind, source: str) -> N
         )
 
 
-def _attention_factor(values: Mapping[str, Any], factor: float) -> float:
+def _attention_factor(numbers: _Numbers, factor: float) -> float:
     """YaRN's temperature, folded into cos and sin (§3.4 of the paper; mscale from DeepSeek)."""
-    given = values.get("attention_factor")
-    if given is not None:
-        return float(given)
+    if numbers.values.get("attention_factor") is not None:
+        return numbers.positive("attention_factor")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    over, under = values.get("mscale"), values.get("mscale_all_dim")
-    if over and under:
+    if numbers.values.get("mscale") and numbers.values.get("mscale_all_dim"):
+        over, under = numbers.positive("mscale"), numbers.positive("mscale_all_dim")
         return mscale(over) / mscale(under)
     return mscale(1.0)
 

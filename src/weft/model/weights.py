@@ -5,6 +5,7 @@ Queries, keys and values share one linear, and so do gate and up: fewer, larger 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -172,6 +173,7 @@ class RandomSource:
         if name.endswith(".bias"):
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         generator = torch.Generator(device=self._device)
-        generator.manual_seed(self._seed * 1_000_003 + sum(name.encode()) * 31 + len(name))
+        # 32 bits, since torch's CPU generator looks at no more of a seed.
+        generator.manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
         out = torch.empty(shape, dtype=self._dtype, device=self._device)
         return out.normal_(0.0, self._std, generator=generator)
