@@ -46,7 +46,9 @@ def test_every_method_gives_a_valid_plan(method: str) -> None:
     assert found.search.search_time_s > 0
 
 
-@pytest.mark.parametrize("graph", [chain(6), towers(2, 4), towers(4, 2)])
+@pytest.mark.parametrize(
+    "graph", [chain(6), towers(2, 4), towers(4, 2), chain(5, weights=900), towers(3, 3, weights=40)]
+)
 @pytest.mark.parametrize("batch_size", [4, 24])
 def test_no_baseline_is_faster_in_simulation(graph: Graph, batch_size: int) -> None:
     best = toy_plan(graph, 4, batch_size=batch_size).step_time_s
