@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -332,6 +333,17 @@ def test_a_body_too_large_is_413(limited: Server, is_announced: bool) -> None:
         answer = http.post(COMPLETIONS, content=content if is_announced else pieces())
         assert _error(answer, 413)["code"] == "body_too_large"
         assert http.get("/health").status_code == 200
+
+
+def test_who_sends_before_listening_hears_413_too(limited: Server) -> None:
+    size = 8 * 2**20
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
+    address = httpx.URL(limited.url)
+    with socket.create_connection((address.host, address.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"x" * size)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
 
 
 def test_unknown_parameters_can_be_allowed(limited: Server) -> None:

@@ -130,6 +130,43 @@ def test_echo_brings_the_prompt_and_its_logprobs(
     assert len(tops[1]) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("é漢x<|bos|>y", "é漢x<|bos|>y", [0, 0, 1, 1, 1, 2, 3, 10]),
+        ([256, 104, 195, 169, 257, 105], "héi", [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["text", "token ids"],
+)
+def test_offsets_are_places_in_the_text(
+    client: openai.OpenAI, stream: bool, prompt: str | list[int], text: str, expected: list[int]
+) -> None:
+    answer = client.completions.create(
+        model=MODEL_NAME, prompt=prompt, max_tokens=3, echo=True, logprobs=0, stream=stream
+    )
+    chunks = list(answer) if stream else [answer]
+    whole = "".join(c.choices[0].text for c in chunks)  # type: ignore[union-attr]
+    logprobs = [c.choices[0].logprobs for c in chunks]  # type: ignore[union-attr]
+    offsets = [offset for entry in logprobs for offset in entry.text_offset]
+    tokens = [token for entry in logprobs for token in entry.tokens]
+    assert whole.startswith(text)
+    begin = len(text)
+    assert offsets == [*expected, begin, begin + 1, begin + 2]
+    for token, offset in list(zip(tokens, offsets, strict=True))[-3:]:
+        assert whole[offset : offset + 1] == token
+
+
+def test_no_offset_lies_beyond_a_text_that_a_stop_string_cut(client: openai.OpenAI) -> None:
+    stop = greedy_text("hello", 12)[4:7]
+    choice = client.completions.create(
+        model=MODEL_NAME, prompt="hello", max_tokens=12, temperature=0, stop=stop, logprobs=0
+    ).choices[0]
+    assert choice.logprobs is not None
+    assert len(choice.text) == 4
+    assert choice.logprobs.text_offset == [0, 1, 2, 3, 4, 4, 4]
+
+
 def test_echo_without_new_tokens_scores_the_prompt(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model=MODEL_NAME, prompt="hello", max_tokens=0, echo=True, logprobs=1

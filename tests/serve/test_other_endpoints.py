@@ -38,7 +38,8 @@ def test_a_conversation_becomes_tokens(http: httpx.Client) -> None:
 
 
 def test_health_and_version(http: httpx.Client) -> None:
-    assert http.get("/health").status_code == 200
+    assert http.get("/health").status_code == http.head("/health").status_code == 200
+    assert http.get("/health/").status_code == 404  # Not a redirect, which POST would lose.
     assert http.get("/version").json() == {"version": weft.__version__}
 
 

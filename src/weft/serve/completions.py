@@ -121,11 +121,19 @@ class CompletionWriter:
     ) -> CompletionLogprobs | None:
         if not self._wants_logprobs:
             return None
-        legacy = self._legacy.setdefault(index, LegacyLogprobs(self._tokenizer))
-        if not echoes:
-            return legacy.piece(delta.logprobs)
-        first = processor.request.prompt_token_ids[0]
-        return legacy.piece((*processor.prompt_logprobs, *delta.logprobs), first_token=first)
+        legacy = self._legacy.get(index)
+        if legacy is None:
+            legacy = self._legacy[index] = LegacyLogprobs(self._tokenizer, processor.request)
+        echoed = None
+        if echoes:
+            prompt = self._prompt_text(processor)
+            echoed = legacy.echo(processor.prompt_logprobs, text=prompt)
+        text_chars = None
+        if delta.finish_reason is not None:
+            before = len(self._prompt_text(processor)) if self._echo else 0
+            text_chars = before + len(processor.choices[delta.index].text)
+        piece = legacy.piece(delta.logprobs, text_chars=text_chars)
+        return piece if echoed is None else _joined(echoed, piece)
 
     def _completion(
         self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None
@@ -138,6 +146,15 @@ class CompletionWriter:
             choices=choices,
             usage=usage,
         )
+
+
+def _joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        text_offset=first.text_offset + second.text_offset,
+    )
 
 
 def _reason(reason: FinishReason | None) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 
 from starlette.datastructures import Headers
@@ -12,6 +14,9 @@ from weft.serve.http_errors import HttpError
 
 _OPEN_PATHS = frozenset(("/health", "/version", "/metrics"))
 _MAX_REQUEST_ID_CHARS = 256
+_TOO_LARGE = 413
+_DRAIN_BYTES = 64 * 2**20
+_DRAIN_S = 5.0
 
 
 class Gate:
@@ -39,6 +44,8 @@ class Gate:
         try:
             self._admit(scope, headers)
         except HttpError as error:
+            if error.status == _TOO_LARGE and "expect" not in headers:
+                await _drain(receive)
             await error.response()(scope, receive, send_with_id)
             return
         await self._app(scope, self._bounded(receive), send_with_id)
@@ -70,6 +77,8 @@ class Gate:
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > self._max_body_bytes:
+                    if message.get("more_body", False):
+                        await _drain(receive)
                     raise self._too_large()
             return message
 
@@ -77,12 +86,27 @@ class Gate:
 
     def _too_large(self) -> HttpError:
         return HttpError(
-            status=413,
+            status=_TOO_LARGE,
             message=f"the body is larger than the {self._max_body_bytes} bytes that this server "
             "takes (--max-body-bytes)",
             code="body_too_large",
             headers={"Connection": "close"},
         )
+
+
+async def _drain(receive: Receive) -> None:
+    """Read what a client still sends, within bounds, and forget it.
+
+    A socket that is closed with unread bytes is reset, and the answer is lost with it.
+    """
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            while num_bytes <= _DRAIN_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):  # The end, or the client is gone.
+                    return
 
 
 def _request_id(given: str | None) -> str:
