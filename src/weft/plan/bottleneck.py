@@ -107,17 +107,6 @@ class BottleneckSolver:
             return None
         return self._solution(int(enough[0]))
 
-    def solve_depths(self, bound_s: float, num_devices: int) -> list[Solution]:
-        """One solution for every useful trade of devices against source in-flight count."""
-        devices = self.fewest_devices(bound_s)
-        found: list[Solution] = []
-        previous = NONE
-        for depth in np.flatnonzero(devices <= num_devices).tolist():
-            if devices[depth] < previous:
-                previous = int(devices[depth])
-                found.append(self._solution(depth))
-        return found
-
     def _solution(self, depth: int) -> Solution:
         root = self.space.root
         names = {op: op for op in root.ops}

@@ -81,7 +81,24 @@ def _more_memory(
     missing = [] if best is None else [best - limit]
     if others is not None:
         missing += [_missing_bytes(plan) for plan in others(problem)]
-    return [PlanChange(kind=ChangeKind.MEMORY_BYTES, amount=min(missing))] if missing else []
+    if not missing:
+        return []
+    amount = min(missing)
+    # Methods that only make plans that fit may do with less than the search.
+    while others is not None and amount > 1:
+        more = _on_cluster(problem, _with_memory(table.cluster, amount // 2))
+        if not any(_missing_bytes(plan) <= 0 for plan in others(more)):
+            break
+        amount //= 2
+    return [PlanChange(kind=ChangeKind.MEMORY_BYTES, amount=amount)]
+
+
+def memory_change(plans: Iterable[TrainPlan]) -> tuple[PlanChange, ...]:
+    """The least memory with which one of these plans, none of which fits, would fit."""
+    missing = min((_missing_bytes(plan) for plan in plans), default=0)
+    if missing <= 0:
+        return ()
+    return (PlanChange(kind=ChangeKind.MEMORY_BYTES, amount=missing),)
 
 
 def _missing_bytes(plan: TrainPlan) -> int:
@@ -104,24 +121,35 @@ def _more_devices(
     amount = min(found) - problem.num_devices
     # Uniform splits may fit on fewer, on some counts and not on others.
     while others is not None and amount > 1:
-        more = _on_devices(problem, problem.num_devices + amount // 2)
+        grown = _grown(problem.table.cluster, problem.num_devices + amount // 2)
+        more = _on_cluster(problem, grown)
         if not any(_missing_bytes(plan) <= 0 for plan in others(more)):
             break
         amount //= 2
     return [PlanChange(kind=ChangeKind.NUM_DEVICES, amount=amount)]
 
 
-def _on_devices(problem: Problem, num_devices: int) -> Problem:
-    """The same problem on a cluster grown by nodes like its last."""
+def _on_cluster(problem: Problem, cluster: Cluster) -> Problem:
+    """The same problem on another cluster."""
     table = problem.table
     cost_table = CostTable(
-        table.graph,
-        _grown(table.cluster, num_devices),
-        table.cost,
-        training=table.training,
-        batch_size=table.batch_size,
+        table.graph, cluster, table.cost, training=table.training, batch_size=table.batch_size
     )
     return replace(problem, table=cost_table)
+
+
+def _with_memory(cluster: Cluster, more_bytes: int) -> Cluster:
+    """The same cluster with more memory on every device."""
+    nodes = [
+        replace(
+            node,
+            device_type=replace(
+                node.device_type, memory_bytes=node.device_type.memory_bytes + more_bytes
+            ),
+        )
+        for node in cluster.nodes
+    ]
+    return replace(cluster, nodes=tuple(nodes))
 
 
 def _grown(cluster: Cluster, num_devices: int) -> Cluster:

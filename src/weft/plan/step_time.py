@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -82,11 +83,10 @@ def plan_step_time(problem: Problem) -> TrainPlan:
             best = _faster(problem, best, plan)
     if not problem.rules:
         best = _best_uniform(problem, best)
+        for plan in _sequential(problem):
+            best = _faster(problem, best, plan)
     if best is None:
-        others = None if problem.rules else megatron.every_plan
-        raise explain_infeasible(problem, search, others)
-    if not problem.rules:
-        best = _best_sequential(problem, best)
+        raise explain_infeasible(problem, search, None if problem.rules else _others)
     return best.replace(
         method="graphpipe",
         search=problem.statistics,
@@ -110,22 +110,25 @@ def _best_uniform(problem: Problem, best: TrainPlan | None) -> TrainPlan | None:
     return best
 
 
-def _best_sequential(problem: Problem, best: TrainPlan) -> TrainPlan:
-    """The best plan and, on graphs small enough, those of the planners with other stages.
+def _sequential(problem: Problem) -> Iterator[TrainPlan]:
+    """The fitting plans, on graphs small enough, of the planners with other stages.
 
     Piper's stages may lie across branches; PipeDream's split whole servers first.
     """
     graph = problem.table.graph
     if problem.num_devices * len(graph.ops) > SMALL_PROBLEM:
-        return best
-    plans = [*pipedream.candidates(problem)]
+        return
+    plans = [pipedream.candidates(problem)]
     downsets = piper.enumerate_downsets(graph, SMALL_DOWNSETS)
     if downsets is not None:
-        plans.extend(piper.candidates(problem, downsets))
-    for plan in plans:
-        if fits_memory(plan):
-            best = _faster(problem, best, plan)
-    return best
+        plans.append(piper.candidates(problem, downsets))
+    yield from filter(fits_memory, itertools.chain(*plans))
+
+
+def _others(problem: Problem) -> Iterator[TrainPlan]:
+    """Plans beside the search, for saying what would fit."""
+    yield from megatron.every_plan(problem)
+    yield from _sequential(problem)
 
 
 def _faster(problem: Problem, best: TrainPlan | None, plan: TrainPlan) -> TrainPlan:
