@@ -192,6 +192,21 @@ def test_what_changed_against_another_plan(
     assert "method: spp -> data-parallel" in other
 
 
+def test_stages_of_a_plan_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = (*BRANCHED, *SUMMIT, "--objective", "bottleneck", "--micro-batches", "1")
+    old = planned(capsys, tmp_path, *options)
+    (tmp_path / "old.json").write_text(old.to_json())
+    assert old.num_stages > 1
+    kept = planned(capsys, tmp_path, *BRANCHED, *SUMMIT, "--freeze", f"{tmp_path}/old.json:0")
+    stage = kept.stages[kept.stage_of[old.stages[0].ops[0]]]
+    assert (stage.ops, stage.devices) == (old.stages[0].ops, old.stages[0].devices)
+    whole = planned(capsys, tmp_path, *options, "--freeze", f"{tmp_path}/old.json")
+    assert {s.ops for s in whole.stages} == {s.ops for s in old.stages}
+    for numbers, words in (("9", "has stages 0 to"), ("x", "plan.json:0,2")):
+        with pytest.raises(ConfigError, match=words):
+            verb.main([*options, "--freeze", f"{tmp_path}/old.json:{numbers}"])
+
+
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InfeasiblePlanError, match="bytes more memory on every device"):
         verb.main(

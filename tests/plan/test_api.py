@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def test_an_evaluator_decides_which_candidate_is_fastest() -> None:
     assert len({candidate.num_stages for candidate in seen}) > 1
 
 
-def test_a_profile_prices_the_operators() -> None:
+def test_a_profile_prices_the_operators(tmp_path: Path) -> None:
     graph = chain(2)
     times = {
         op.signature: BlockTimes(
@@ -113,6 +114,10 @@ def test_a_profile_prices_the_operators() -> None:
     found = plan(graph, toy_cluster(1), batch_size=16, micro_batches=(16,), profile=profile)
     # Five operators, forward 8 s and backward 16 s each.
     assert found.step_time_s == pytest.approx(5 * 24.0)
+    path = tmp_path / "profile.json"
+    path.write_text(profile.to_json())
+    again = plan(graph, toy_cluster(1), batch_size=16, micro_batches=(16,), profile=path)
+    assert again == found
 
 
 # Options
@@ -373,3 +378,17 @@ def test_baselines_say_what_does_not_fit(method: str) -> None:
     with pytest.raises(InfeasiblePlanError) as caught:
         toy_plan(graph, 2, cluster=toy_cluster(2, 900), method=method)
     assert caught.value.constraint in str(caught.value)
+    for change in caught.value.changes:
+        assert change.kind is ChangeKind.MEMORY_BYTES or change.amount > 0
+        if change.kind is ChangeKind.NUM_DEVICES:
+            continue
+        toy_plan(graph, 2, cluster=toy_cluster(2, 900 + change.amount), method=method)
+        with pytest.raises(InfeasiblePlanError):
+            toy_plan(graph, 2, cluster=toy_cluster(2, 899 + change.amount), method=method)
+
+
+@pytest.mark.parametrize("method", ["data-parallel", "megatron"])
+def test_uniform_baselines_name_the_memory_that_would_do(method: str) -> None:
+    with pytest.raises(InfeasiblePlanError, match="bytes more memory") as caught:
+        toy_plan(chain(6, weights=100), 2, cluster=toy_cluster(2, 900), method=method)
+    assert [change.kind for change in caught.value.changes] == [ChangeKind.MEMORY_BYTES]

@@ -19,6 +19,7 @@ from weft.graph.graph import Graph
 from weft.plan.api import CONSTRAINED_METHODS, METHODS
 from weft.plan.api import plan as make_plan
 from weft.plan.constraints import Constraint, FixedStage, ForbidCut, ForceCut, KeepTogether, Pin
+from weft.plan.constraints import freeze as keep_stages
 from weft.plan.diff import diff
 from weft.plan.explain import explain
 from weft.plan.export import (
@@ -79,6 +80,10 @@ def plan(
         Path | None,
         typer.Option(help="JSON list of constraints, as {kind: keep-together, ops: [...]}"),
     ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(help="Keep stages of a plan: plan.json, or plan.json:0,2 for some of them"),
+    ] = None,
     export: Annotated[
         Export | None, typer.Option(help="Print a chain plan for this runtime instead")
     ] = None,
@@ -96,7 +101,7 @@ def plan(
         print(json.dumps({"rows": [{"op": n} for n in names]}) if as_json else "\n".join(names))
         return
     spec = load_training(training)
-    wanted = load_constraints(constraints)
+    wanted = load_constraints(constraints) + frozen_stages(freeze)
     if export in (Export.TORCHTITAN, Export.MEGATRON) and method in CONSTRAINED_METHODS:
         # These runtimes place whole layers.
         wanted += whole_layers(graph)
@@ -174,6 +179,26 @@ def load_constraints(path: Path | None) -> tuple[Constraint, ...]:
                 f"constraint {number} ({kind}) has keys {sorted(fields)}; it takes {valid}"
             ) from None
     return tuple(found)
+
+
+def frozen_stages(text: str | None) -> tuple[Constraint, ...]:
+    """Constraints that keep what `--freeze` names; ConfigError for a stage that is not there."""
+    if text is None:
+        return ()
+    path, _, numbers = text.rpartition(":") if not text.endswith(".json") else (text, "", "")
+    old = TrainPlan.from_json(_read(Path(path)))
+    try:
+        stages = [int(number) for number in numbers.split(",")] if numbers else None
+    except ValueError:
+        raise ConfigError(
+            f"--freeze is {text!r}; give a plan, or a plan and stages as in plan.json:0,2"
+        ) from None
+    for stage in stages or ():
+        if not 0 <= stage < old.num_stages:
+            raise ConfigError(
+                f"--freeze names stage {stage}; {path} has stages 0 to {old.num_stages - 1}"
+            )
+    return keep_stages(old, stages)
 
 
 def exported(found: TrainPlan, graph: Graph, export: Export) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
+from pathlib import Path
 
 from weft.base.errors import ConfigError, UnsupportedError
 from weft.cluster.cluster import Cluster
@@ -51,7 +52,7 @@ def plan(
     objective: Objective | str = Objective.STEP_TIME,
     training: TrainingSpec = SGD_FP32,
     micro_batches: Sequence[int] | None = None,
-    profile: BlockProfile | None = None,
+    profile: BlockProfile | str | Path | None = None,
     cost: CostModel | None = None,
     constraints: Sequence[Constraint] = (),
     time_limit_s: float | None = None,
@@ -65,11 +66,12 @@ def plan(
 
     `objective` is "bottleneck" (the largest time per sample of a stage, GraphPipe's) or "step_time"
     (simulated by `evaluate`, by default without contention between messages). Operators are priced
-    by `cost`, or by `profile`, or by the roofline of each device type. `micro_batches` defaults to
-    divisors of the batch. With `per_stage_recompute` each stage decides whether to recompute; with
-    `per_stage_micro_batch` stages get micro-batches and groups (kFkB) of their own where that is
-    faster; `k` is the group size of all stages. A graph of more than `max_blocks` operators is
-    coarsened for the search; the plan's stages list the graph's own operators.
+    by `cost`, or by `profile` (or its file), or by the roofline of each device type.
+    `micro_batches` defaults to divisors of the batch. With `per_stage_recompute` each stage decides
+    whether to recompute; with `per_stage_micro_batch` stages get micro-batches and groups (kFkB) of
+    their own where that is faster; `k` is the group size of all stages. A graph of more than
+    `max_blocks` operators is coarsened for the search; the plan's stages list the graph's own
+    operators.
 
     Raises InfeasiblePlanError when nothing fits, PlanError, GraphError or ConfigError for wrong
     input. With `time_limit_s` the best plan so far is returned and says so in its notes.
@@ -83,7 +85,7 @@ def plan(
         )
     blocks = graph if len(graph.ops) <= max_blocks else coarsen(graph, max_blocks)
     if cost is None:
-        cost = ProfiledCost(profile=profile) if profile else RooflineCost(dtype=training.dtype)
+        cost = _price(profile, training)
     started_s = time.perf_counter()
     sizes = _sizes(batch_size, micro_batches, k)
     _check_time_limit(time_limit_s)
@@ -178,6 +180,14 @@ def _objective(name: Objective | str) -> Objective:
         raise ConfigError(
             f"objective {str(name)!r} is unknown; known: {', '.join(Objective)}"
         ) from None
+
+
+def _price(profile: BlockProfile | str | Path | None, training: TrainingSpec) -> CostModel:
+    if profile is None:
+        return RooflineCost(dtype=training.dtype)
+    if not isinstance(profile, BlockProfile):
+        profile = BlockProfile.load(Path(profile))
+    return ProfiledCost(profile=profile)
 
 
 def _sizes(batch_size: int, wanted: Sequence[int] | None, k: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished
 from weft.plan.cost_table import divisors
-from weft.plan.infeasible import tightest
+from weft.plan.infeasible import memory_change, tightest
 from weft.plan.problem import InfeasiblePlanError, Problem
 from weft.plan.train_plan import TrainPlan
 
@@ -20,10 +20,13 @@ def plan_data_parallel(problem: Problem) -> TrainPlan:
     best = choose(problem, candidates(problem))
     if best is None:
         constraint = tightest(problem.table, problem.micro_batches)
+        changes = memory_change(candidates(problem))
         raise InfeasiblePlanError(
             f"pure data parallelism needs the whole model on each device of "
-            f"{problem.table.memory_bytes:,} bytes: {constraint}; use method='graphpipe'",
+            f"{problem.table.memory_bytes:,} bytes: {constraint}; it would fit with "
+            f"{' or '.join(map(str, changes))}; or use method='graphpipe'",
             constraint,
+            changes,
         )
     return finished(problem, best)
 

@@ -10,7 +10,7 @@ import numpy as np
 from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished, fits_memory
 from weft.plan.cost_table import divisors
-from weft.plan.infeasible import tightest
+from weft.plan.infeasible import memory_change, tightest
 from weft.plan.layers import layer_segments
 from weft.plan.problem import InfeasiblePlanError, Objective, Problem
 from weft.plan.train_plan import TrainPlan
@@ -44,10 +44,13 @@ def plan_megatron(problem: Problem) -> TrainPlan:
     best = choose(problem, candidates(problem))
     if best is None:
         constraint = tightest(problem.table, problem.micro_batches)
+        changes = memory_change(every_plan(problem))
+        would = f"it would fit with {changes[0]}; or " if changes else ""
         raise InfeasiblePlanError(
             f"no uniform split of layers over {problem.num_devices} devices fits: {constraint}; "
-            "use method='graphpipe'",
+            f"{would}use method='graphpipe'",
             constraint,
+            changes,
         )
     return finished(problem, best)
 
