@@ -59,6 +59,16 @@ def test_settings_are_taken(directory: Path) -> None:
     assert built.executor.info.num_pages == (1 << 20) // built.executor.info.page_bytes
 
 
+def test_an_arena_that_is_not_given_says_how_large_it_was(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "most_memory_bytes", lambda device: 1 << 62)
+    # More than an address space holds, so that no overcommitting kernel gives it.
+    config = ExecutorConfig(model=str(directory), device="cpu", kv_cache_memory_bytes=1 << 58)
+    with pytest.raises(OutOfMemoryError, match=r"cpu does not give 288\d{15} bytes"):
+        build_executor(config)
+
+
 @pytest.mark.parametrize(
     ("given", "name"),
     [("half", "float16"), ("float", "float32"), (torch.bfloat16, "bfloat16"), ("auto", "auto")],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.base.errors import OutOfMemoryError
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
 from weft.model.forward_step import KvLayer, kv_layers
@@ -55,8 +56,18 @@ def create_context(
     max_model_len: int,
     device: torch.device | str = "cpu",
 ) -> DeviceContext:
-    """Allocate the arena, zeroed, and put the decoder together."""
-    arena = torch.zeros((num_pages, layout.page_bytes), dtype=torch.uint8, device=device)
+    """Allocate the arena, zeroed, and put the decoder together.
+
+    Raises:
+        OutOfMemoryError: the device does not give the arena's bytes.
+    """
+    try:
+        arena = torch.zeros((num_pages, layout.page_bytes), dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # so does the CPU's allocator; CUDA's raises a subclass
+        raise OutOfMemoryError(
+            f"{device} does not give {num_pages * layout.page_bytes} bytes for the KV cache: lower "
+            f"kv_cache_memory_bytes ({error})"
+        ) from error
     layers: list[KvLayer | None] = [None] * config.num_layers
     for index, group in enumerate(layout.groups):
         views = kv_layers(layout.group_view(arena, index))
