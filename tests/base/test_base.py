@@ -9,6 +9,7 @@ import pytest
 
 from weft.base import errors
 from weft.base.clock import VirtualClock, WallClock
+from weft.base.errors import ConfigError
 from weft.base.trace import TraceWriter
 
 ALL_ERRORS = [
@@ -57,3 +58,13 @@ def test_traces_name_their_tracks_once_and_count_in_microseconds(tmp_path):
     assert len([event for event in events if event["ph"] == "M"]) == 2
     assert {event["pid"] for event in events} == {1}
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_trace_path_that_cannot_be_written_is_found_beforehand(tmp_path):
+    TraceWriter.check_path(tmp_path / "trace.json")
+    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "file"
+    file.touch()
+    for path in (tmp_path, tmp_path / "missing" / "trace.json", file / "trace.json"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            TraceWriter.check_path(path)

@@ -80,6 +80,7 @@ def test_the_flags_are_these_and_the_guide_names_them(capsys: pytest.CaptureFixt
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["--max-logprobs", "21"], "max_logprobs is 21"),
         (["--port", "70000"], "port is 70000"),
+        (["--max-waiting", "-1"], "max_waiting is -1"),
         (["--api-keys", "/nowhere/keys"], "cannot be read"),
         (["--host", "256.256.256.256"], "cannot be resolved"),
     ],
@@ -101,6 +102,7 @@ def test_an_unknown_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["./no-such-model"], "no-such-model"),
         (["--kv-cache-memory-bytes", "100000"], "would do"),
+        (["--trace", "/nowhere/trace.json"], "/nowhere/trace.json"),
     ],
 )
 def test_what_only_the_engine_sees_is_one_line_too(arguments: list[str], message: str) -> None:

@@ -145,6 +145,11 @@ MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], str | None, str]] = {
         "prompt",
         "either prompt or messages",
     ),
+    "much too long to tokenize": (
+        ("/tokenize", {"prompt": "x" * (2**20 + 1)}),
+        "prompt",
+        "at most 1048576",
+    ),
     "unknown token": (("/detokenize", {"tokens": [999]}), "tokens", "999"),
     "tokens as text": (("/detokenize", {"tokens": "x"}), "tokens", "array"),
 }

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weft.base.errors import ConfigError
+
 
 @dataclass(kw_only=True, slots=True)
 class TraceWriter:
@@ -64,6 +66,26 @@ class TraceWriter:
                 separator = ",\n"
             file.write("]}")
         partial.replace(target)
+
+    @staticmethod
+    def check_path(path: str | Path) -> None:
+        """Find out before a long run whether `write` will be able to.
+
+        Raises:
+            ConfigError: the path is a directory, or its directory is missing or not writable.
+        """
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            if target.is_dir():
+                raise IsADirectoryError("it is a directory")
+            partial.touch()
+            partial.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"the trace file {str(path)!r} cannot be written: {error.strerror or error}; name "
+                "a file in a directory that exists and can be written to"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._events)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -42,11 +43,13 @@ from weft.serve.responses import encode_json
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BODIES: tuple[type[Body], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 _SCHEMAS = "#/components/schemas/"
+_INLINE_TOKENS = 4096
 _MAX_UNKNOWN_NAMED = 10
 _MAX_UNKNOWN_CHARS = 80
 
 logger = logging.getLogger("weft.server")
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,9 @@ class Api:
             "tokens": tokens,
         }
         if body.return_token_strs:
-            answer["token_strs"] = [self.tokenizer.token_text(token) for token in tokens]
+            answer["token_strs"] = await _beside(
+                len(tokens), lambda: [self.tokenizer.token_text(token) for token in tokens]
+            )
         return _json(answer)
 
     async def detokenize(self, request: Request) -> Response:
@@ -328,6 +333,11 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def _tenant(request: Request) -> Tenant:
     return getattr(request.state, "tenant", ANYONE)
+
+
+async def _beside(num_tokens: int, work: Callable[[], T]) -> T:
+    """Do long work in a thread, so that other requests' streams flow on."""
+    return work() if num_tokens <= _INLINE_TOKENS else await asyncio.to_thread(work)
 
 
 def _quote(name: str) -> str:

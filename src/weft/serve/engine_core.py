@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 
 from weft.base.clock import Clock, WallClock
 from weft.base.errors import ConfigError
+from weft.base.trace import TraceWriter
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
 from weft.engine.executor import BatchExecutor
@@ -37,7 +37,8 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, *, clock: Clock | None = None) -> None:
         clock = clock or WallClock()
-        _check_trace(config.trace_path)
+        if config.trace_path is not None:  # The file itself is written when all is done.
+            TraceWriter.check_path(config.trace_path)
         built = _find_builder(config.builder)(config)
         self._executor: BatchExecutor = built.executor
         try:
@@ -120,17 +121,6 @@ class EngineCore:
     def close(self) -> None:
         """Give back memory and threads; writes the trace, if one was asked for."""
         self._executor.close()
-
-
-def _check_trace(path: str | None) -> None:
-    """Before anything is loaded: the file itself is written when all is done."""
-    if path is None:
-        return
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise ConfigError(
-            f"the trace goes to {path!r}, which is a directory or lies in none; name a file in a "
-            "directory that exists"
-        )
 
 
 def _find_builder(name: str) -> Callable[[EngineConfig], BuiltExecutor]:

@@ -91,7 +91,10 @@ class TracedExecutor:
         self._executor.close()
         if not self._is_closed:
             self._is_closed = True
-            self._writer.write(self._path)
+            try:
+                self._writer.write(self._path)
+            except OSError as error:
+                warnings.warn(f"the trace is lost: {self._path}: {error}", stacklevel=2)
 
     def _record(self, submitted: _Submitted, start_s: float, end_s: float) -> None:
         duration_s = end_s - start_s

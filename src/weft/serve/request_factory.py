@@ -31,6 +31,8 @@ from weft.serve.protocol import (
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for completions."""
+_TOKENIZE_CHARS = 2**20
+"""Texts up to here can be tokenised whatever the context holds, to see by how much they exceed."""
 _INLINE_CHARS = 8192
 """Longer prompts are tokenised in a thread, so that other requests' streams flow on."""
 _ROLES = ("system", "developer", "user", "assistant")
@@ -189,7 +191,13 @@ class RequestFactory:
                 chat_template_kwargs=body.chat_template_kwargs,
             )
         special = body.add_special_tokens is not False
-        return (await self._encode([body.prompt or ""], add_special_tokens=special, bound=False))[0]
+        return (
+            await self._encode(
+                [body.prompt or ""],
+                add_special_tokens=special,
+                max_chars=max(self._max_prompt_chars, _TOKENIZE_CHARS),
+            )
+        )[0]
 
     async def encode_conversation(
         self,
@@ -239,13 +247,14 @@ class RequestFactory:
         *,
         add_special_tokens: bool,
         param: str = "prompt",
-        bound: bool = True,
+        max_chars: int | None = None,
     ) -> list[list[int]]:
         longest = max(map(len, texts))
-        if bound and longest > self._max_prompt_chars:
+        max_chars = max_chars or self._max_prompt_chars
+        if longest > max_chars:
             raise InvalidRequestError(
-                f"the prompt has {longest} characters, which cannot fit this model's context of "
-                f"{self._max_model_len} tokens",
+                f"the prompt has {longest} characters; at most {max_chars} are taken for this "
+                f"model's context of {self._max_model_len} tokens",
                 param,
                 "context_length_exceeded",
             )
