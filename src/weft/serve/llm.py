@@ -179,7 +179,7 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What generation_config.json advises."""
+        """What generation_config.json advises, but for lengths (max_new_tokens)."""
         defaults: dict[str, Any] = dict(self.info.sampling_defaults)
         return SamplingParams(**defaults)
 
