@@ -214,7 +214,7 @@ def print_plan(found: TrainPlan, contention: bool = False) -> None:
     """The plan as a table of stages, its simulated figures, and what binds it."""
     table = Table(
         title=f"{found.graph_name}, batch {found.batch_size}, on {found.cluster.name}: "
-        f"{found.method}, {found.num_stages} stages, depth {found.depth}"
+        f"{found.method}, stages: {found.num_stages}, depth: {found.depth}"
     )
     for column in ("stage", "first operator", "operators", "devices", "feeds"):
         table.add_column(column)
