@@ -164,6 +164,9 @@ def test_a_time_limit_gives_the_best_so_far_and_marks_it() -> None:
         assert found.search.timed_out
         assert any("time limit" in note for note in found.notes)
         validate_plan(found)
+    for method in ("spp", "pipedream", "piper", "megatron", "data-parallel"):
+        found = toy_plan(towers(2, 4), 4, method=method, time_limit_s=0.0)
+        validate_plan(found)
     unhurried = toy_plan(towers(4, 8), 8, batch_size=64, time_limit_s=600)
     assert not unhurried.search.timed_out
     assert not any("time limit" in note for note in unhurried.notes)

@@ -290,7 +290,8 @@ def _with_remarks(found: TrainPlan, problem: Problem) -> TrainPlan:
     idle = problem.num_devices - len(found.used_devices)
     if idle:
         remarks.append(
-            f"{idle} of {problem.num_devices} devices stay idle: more would not make it faster"
+            f"{idle} of {problem.num_devices} devices stay idle: {found.method} has no better plan "
+            "that uses them"
         )
     marked = any("time limit" in note for note in found.notes)
     if problem.effort.timed_out and not marked:
