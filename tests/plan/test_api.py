@@ -22,7 +22,7 @@ from weft.cost.training import TrainingSpec
 from weft.graph.graph import Graph, Op
 from weft.plan.api import METHODS, plan
 from weft.plan.constraints import FixedStage, ForbidCut, ForceCut, KeepTogether, Pin, freeze
-from weft.plan.problem import ChangeKind, InfeasiblePlanError
+from weft.plan.problem import ChangeKind, InfeasiblePlanError, SearchLimitError
 from weft.plan.replay import step_time_s
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.plan.validate import validate_plan
@@ -164,9 +164,12 @@ def test_a_time_limit_gives_the_best_so_far_and_marks_it() -> None:
         assert found.search.timed_out
         assert any("time limit" in note for note in found.notes)
         validate_plan(found)
-    for method in ("spp", "pipedream", "piper", "megatron", "data-parallel"):
-        found = toy_plan(towers(2, 4), 4, method=method, time_limit_s=0.0)
-        validate_plan(found)
+    for method in ("spp", "megatron", "data-parallel"):
+        validate_plan(toy_plan(towers(2, 4), 4, method=method, time_limit_s=0.0))
+    for method in ("pipedream", "piper"):
+        # Not the same as a problem without a plan.
+        with pytest.raises(SearchLimitError, match=f"{method} found no plan within its time"):
+            toy_plan(towers(2, 4), 4, method=method, time_limit_s=0.0)
     unhurried = toy_plan(towers(4, 8), 8, batch_size=64, time_limit_s=600)
     assert not unhurried.search.timed_out
     assert not any("time limit" in note for note in unhurried.notes)

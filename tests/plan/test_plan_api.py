@@ -27,8 +27,8 @@ from weft.plan.constraints import FixedStage, ForbidCut, ForceCut, KeepTogether,
 from weft.plan.diff import diff
 from weft.plan.explain import explain
 from weft.plan.export import megatron_layout, module_fqns_per_model_part, torch_schedule_csv
-from weft.plan.piper import SearchLimitError, enumerate_downsets
-from weft.plan.problem import ChangeKind, InfeasiblePlanError
+from weft.plan.piper import enumerate_downsets
+from weft.plan.problem import ChangeKind, InfeasiblePlanError, SearchLimitError
 from weft.plan.schedules import generate
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.plan.validate import validate_plan

@@ -13,7 +13,7 @@ from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished, fits_memory
 from weft.plan.cost_table import UNLIMITED, Variant
 from weft.plan.infeasible import explain_infeasible
-from weft.plan.problem import Problem
+from weft.plan.problem import Problem, out_of_time
 from weft.plan.search import BottleneckSearch
 from weft.plan.spp import linear_search
 from weft.plan.train_plan import TrainPlan
@@ -27,10 +27,13 @@ def plan_pipedream(problem: Problem) -> TrainPlan:
     over m2 of them. Stages are priced by the shared tables, which amortise the all-reduce over the
     batch as synchronous training does. In-flight counts are not part of its state: stages are
     checked against an assumed count, which is raised until the finished plan fits (deviation: the
-    published check assumes asynchronous warm-up). Raises InfeasiblePlanError when nothing fits.
+    published check assumes asynchronous warm-up). Raises InfeasiblePlanError when nothing fits,
+    SearchLimitError when time runs out before any plan.
     """
     search = linear_search(problem)
     best = choose(problem, candidates(problem, search), len(problem.micro_batches))
+    if best is None and problem.effort.timed_out:
+        raise out_of_time(problem, "pipedream")
     if best is None:
         raise explain_infeasible(problem, search)
     return finished(problem, best)

@@ -13,17 +13,13 @@ from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished
 from weft.plan.cost_table import StageTable, Variant, divisors
 from weft.plan.infeasible import explain_infeasible
-from weft.plan.problem import Problem
+from weft.plan.problem import Problem, SearchLimitError, out_of_time
 from weft.plan.spp import linear_search
 from weft.plan.stage_space import membership
-from weft.plan.train_plan import PlanError, TrainPlan
+from weft.plan.train_plan import TrainPlan
 
 MAX_DOWNSETS = 40_000
 """Downsets that the published program keeps; beyond them it gives up."""
-
-
-class SearchLimitError(PlanError):
-    """A method that gives up on a graph of this shape; the message holds its limit."""
 
 
 def plan_piper(problem: Problem) -> TrainPlan:
@@ -33,7 +29,8 @@ def plan_piper(problem: Problem) -> TrainPlan:
     at most k devices; the stage I minus I' has q micro-batches in flight, as the runtime that
     executes it here (deviation: the published state counts data-parallel degrees instead, for
     micro-batches that are not split over replicas). A sequential plan bounds the values kept.
-    Raises SearchLimitError above 40,000 downsets, InfeasiblePlanError when nothing fits.
+    Raises SearchLimitError above 40,000 downsets or when time runs out before any plan,
+    InfeasiblePlanError when nothing fits.
     """
     downsets = enumerate_downsets(problem.table.graph, MAX_DOWNSETS)
     if downsets is None:
@@ -43,6 +40,8 @@ def plan_piper(problem: Problem) -> TrainPlan:
             "(n+1)^p); use method='graphpipe'"
         )
     best = choose(problem, candidates(problem, downsets), len(problem.micro_batches))
+    if best is None and problem.effort.timed_out:
+        raise out_of_time(problem, "piper")
     if best is None:
         raise explain_infeasible(problem, linear_search(problem))
     return finished(problem, best)

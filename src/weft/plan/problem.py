@@ -66,6 +66,10 @@ class InfeasiblePlanError(PlanError):
         return self.message
 
 
+class SearchLimitError(PlanError):
+    """A method gave up before it found any plan: by its own limit, or by the time limit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One planning problem: the priced graph, the choices a method has, and its limits.
@@ -110,6 +114,14 @@ class Problem:
             timed_out=self.effort.timed_out,
             search_time_s=self.effort.elapsed_s,
         )
+
+
+def out_of_time(problem: Problem, method: str) -> SearchLimitError:
+    """The error of a search whose time was over before its first plan."""
+    return SearchLimitError(
+        f"{method} found no plan within its time limit ({problem.effort.elapsed_s:.3g} s passed); "
+        "raise the limit, or use method='graphpipe', which always finishes a first plan"
+    )
 
 
 def micro_batch_sizes(batch_size: int, wanted: Sequence[int] | None) -> tuple[int, ...]:
