@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -108,3 +110,79 @@ def test_a_chain_of_thousands_of_operators_decomposes() -> None:
     edges = [Edge(source=f"op{i}", target=f"op{i + 1}", bytes_per_sample=1) for i in range(4999)]
     found = decompose(Graph.ordered("chain", ops, edges))
     assert len(found.root.children) == 5000
+
+
+def _diamonds(count: int) -> list[tuple[int, int]]:
+    steps = [(0, 1), (0, 2), (1, 3), (2, 3), (3, 4)]
+    return [(4 * i + a, 4 * i + b) for i in range(count) for a, b in steps]
+
+
+def _wide(count: int) -> list[tuple[int, int]]:
+    return [edge for i in range(1, 4 * count) for edge in ((0, i), (i, 4 * count))]
+
+
+def _skips(count: int) -> list[tuple[int, int]]:
+    n = 4 * count
+    return [(i, i + 1) for i in range(n)] + [(i, n - i) for i in range(n // 2 - 1)]
+
+
+def _irreducible(count: int) -> list[tuple[int, int]]:
+    """Blocks of the shape N, each pair of outputs feeding both inputs of the next."""
+    inside = [(4 * i + a, 4 * i + b) for i in range(count) for a, b in ((0, 2), (0, 3), (1, 3))]
+    ends = [(4 * i - a, 4 * i + b) for i in range(1, count) for a in (1, 2) for b in (0, 1)]
+    return inside + ends
+
+
+@pytest.mark.parametrize("shape", [_diamonds, _wide, _skips, _irreducible])
+def test_the_work_is_linear_in_the_graph(shape: Callable[[int], list[tuple[int, int]]]) -> None:
+    calls: list[int] = []
+    for count in (100, 400):
+        edges = shape(count)
+        graph = Graph.ordered(
+            "large",
+            [Op(id=f"op{i}", kind="op") for i in range(1 + max(b for _, b in edges))],
+            [Edge(source=f"op{a}", target=f"op{b}", bytes_per_sample=1) for a, b in edges],
+        )
+        profile = cProfile.Profile()
+        profile.runcall(decompose, graph)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    # Function calls do not depend on the machine; four times the graph may not cost more than
+    # five times the work.
+    assert calls[1] < 5 * calls[0]
+
+
+def _prime_blocks(ops: frozenset[str], orders: set[tuple[str, str]]) -> list[frozenset[str]]:
+    """Sets of operators that neither series nor parallel composition takes apart."""
+    if len(ops) == 1:
+        return []
+    for is_joined in (
+        lambda a, b: (a, b) in orders or (b, a) in orders,
+        lambda a, b: (a, b) not in orders and (b, a) not in orders,
+    ):
+        parts: list[frozenset[str]] = []
+        left = set(ops)
+        while left:
+            found, frontier = set[str](), {min(left)}
+            while frontier:
+                a = frontier.pop()
+                found.add(a)
+                frontier |= {b for b in left - found if is_joined(a, b)}
+            parts.append(frozenset(found))
+            left -= found
+        if len(parts) > 1:
+            return [block for part in parts for block in _prime_blocks(part, orders)]
+    return [ops]
+
+
+@settings(max_examples=150, deadline=None)
+@given(random_graphs(max_ops=12))
+def test_layers_stay_inside_the_blocks_that_no_composition_takes_apart(model: RandomGraph) -> None:
+    found = decompose(model.graph)
+    ops = frozenset(op.id for op in model.graph.ops)
+    orders = _closure(model.graph)
+    block_of = {op: block for block in _prime_blocks(ops, orders) for op in block}
+    assert found.is_series_parallel == (not block_of)
+    assert set(found.layered_ops) <= set(block_of)
+    for a, b in _orders(found.root) - orders:
+        assert a in block_of
+        assert block_of[a] is block_of.get(b), "order was added between blocks"

@@ -6,6 +6,7 @@ The order of the operators is decomposed, not the edge list: an edge that anothe
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -94,7 +95,7 @@ def decompose(graph: Graph) -> Decomposition:
     layered: list[str] = []
     network.reduce()
     while not network.is_one_edge:
-        layered.extend(network.layer_smallest_block())
+        layered.extend(network.layer_smallest_blocks())
         network.reduce()
     position = graph.op_index
     return Decomposition(
@@ -178,23 +179,28 @@ class _Network:
         # Outputs that feed the same set meet in one vertex, and so do inputs fed by the same set.
         outputs: dict[tuple[int, ...], int] = {}
         inputs: dict[tuple[int, ...], int] = {}
+        read_by = _classes(successors)
+        fed_by = _classes(predecessors)
         for v in range(num_ops):
             if successors[v]:
                 end[v] = self._vertex_for(outputs, tuple(successors[v]))
+        meetings: dict[int, int] = {}
         for w in range(num_ops):
-            if not predecessors[w]:
+            sources = predecessors[w]
+            if not sources:
                 continue
-            sources = tuple(predecessors[w])
-            targets = tuple(successors[sources[0]])
-            complete = all(tuple(successors[v]) == targets for v in sources) and all(
-                tuple(predecessors[x]) == sources for x in targets
-            )
-            if complete:
-                start[w] = outputs[targets]
-            else:
-                start[w] = self._vertex_for(inputs, sources)
-                for v in sources:
-                    self.add(end[v], start[w], None)
+            if fed_by[w] not in meetings:
+                targets = successors[sources[0]]
+                complete = all(read_by[v] == read_by[sources[0]] for v in sources) and all(
+                    fed_by[x] == fed_by[w] for x in targets
+                )
+                if complete:
+                    meetings[fed_by[w]] = end[sources[0]]
+                else:
+                    meetings[fed_by[w]] = meeting = self._vertex_for(inputs, tuple(sources))
+                    for v in sources:
+                        self.add(end[v], meeting, None)
+            start[w] = meetings[fed_by[w]]
         return start, end
 
     def _vertex_for(self, known: dict[tuple[int, ...], int], key: tuple[int, ...]) -> int:
@@ -251,48 +257,72 @@ class _Network:
             raise ValueError("a network without operators has no tree")
         return part
 
-    def layer_smallest_block(self) -> list[str]:
-        """Replace the smallest block that no reduction fits by layers; return its operators."""
+    def layer_smallest_blocks(self) -> list[str]:
+        """Replace blocks that no reduction fits by layers; return their operators.
+
+        The smallest first, then others that have no vertex in common with these.
+        """
         order = self._topological_order()
         rank = {vertex: i for i, vertex in enumerate(order)}
         dominator = _immediate_dominators(order, self.tails)
         post_dominator = _immediate_dominators(order[::-1], self.heads)
-        blocks: list[tuple[int, int, int, set[int]]] = []
+        found: list[tuple[int, int, int, int, set[int]]] = []
         for entry in order:
             exit_ = post_dominator.get(entry)
-            if exit_ is None or len(self.heads[entry]) < 2 or dominator.get(exit_) != entry:
-                continue
-            for inside in self._components(entry, exit_):
-                blocks.append((len(inside), rank[entry], min(rank[v] for v in inside), inside))
-        _, entry_rank, _, inside = min(blocks, key=lambda block: block[:3])
-        entry = order[entry_rank]
-        return self._layer(entry, post_dominator[entry], sorted(inside, key=rank.__getitem__))
+            if exit_ is not None and len(self.heads[entry]) > 1:
+                found += self._blocks(entry, exit_, self.heads, self.tails, dominator, rank)
+        for exit_ in order:
+            entry = dominator.get(exit_)
+            if entry is not None and len(self.tails[exit_]) > 1:
+                found += self._blocks(exit_, entry, self.tails, self.heads, post_dominator, rank)
+        blocks = sorted(found, key=lambda block: block[:4])
+        taken: set[int] = set()
+        layered: list[str] = []
+        for _, entry_rank, exit_rank, _, inside in blocks:
+            entry, exit_ = order[entry_rank], order[exit_rank]
+            if taken.isdisjoint(inside) and not taken & {entry, exit_}:
+                taken |= inside
+                layered += self._layer(entry, exit_, sorted(inside, key=rank.__getitem__))
+        return layered
 
-    def _components(self, entry: int, exit_: int) -> list[set[int]]:
-        """Weakly connected sets of vertices strictly between the ends of a block."""
-        left: set[int] = set()
-        stack = [head for head in self.heads[entry] if head != exit_]
-        while stack:
-            vertex = stack.pop()
-            if vertex not in left:
-                left.add(vertex)
-                stack.extend(head for head in self.heads[vertex] if head != exit_)
-        components: list[set[int]] = []
-        while left:
-            stack, found = [min(left)], set[int]()
-            while stack:
-                vertex = stack.pop()
-                if vertex in left:
-                    left.discard(vertex)
-                    found.add(vertex)
-                    stack.extend((*self.heads[vertex], *self.tails[vertex]))
-            components.append(found)
-        return components
+    def _blocks(
+        self,
+        start: int,
+        stop: int,
+        ahead: Mapping[int, Iterable[int]],
+        behind: Mapping[int, Iterable[int]],
+        owner: Mapping[int, int],
+        rank: Mapping[int, int],
+    ) -> Iterator[tuple[int, int, int, int, set[int]]]:
+        """Sets of vertices that only edges from `start` and to `stop` join to others.
+
+        Every way `ahead` from `start` must lead to `stop`; `owner` is the immediate dominator in
+        that direction. Sorted, smaller sets come first.
+        """
+        first, last = sorted((rank[start], rank[stop]))
+        direction = rank[stop] - rank[start]
+        seen: set[int] = set()
+        for head in ahead[start]:
+            found, is_closed = set[int](), head not in seen
+            queue = deque([head])
+            while queue and is_closed:
+                vertex = queue.popleft()
+                if vertex in found or vertex in (start, stop):
+                    continue
+                # What `start` does not dominate has another way in: far from all need be seen.
+                from_start = (rank[owner[vertex]] - rank[start]) * direction >= 0
+                is_closed = vertex not in seen and from_start
+                found.add(vertex)
+                queue.extend((*ahead[vertex], *behind[vertex]))
+            seen |= found
+            if is_closed and found:
+                yield len(found), first, last, min(rank[v] for v in found), found
 
     def _layer(self, entry: int, exit_: int, inside: Sequence[int]) -> list[str]:
         level = {entry: 0}
         layers: dict[int, list[_Part]] = {}
-        first = [head for head in self.heads[entry] if head in set(inside)]
+        own = set(inside)
+        first = [head for head in self.heads[entry] if head in own]
         edges = [(entry, head) for head in first]
         edges += [(vertex, head) for vertex in inside for head in self.heads[vertex]]
         # `inside` is topologically sorted, so a tail's level is final when its edges come up.
@@ -325,6 +355,12 @@ class _Network:
                 if waiting[head] == 0:
                     ready.append(head)
         return order
+
+
+def _classes(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers that are equal for equal rows."""
+    known: dict[tuple[int, ...], int] = {}
+    return [known.setdefault(tuple(row), len(known)) for row in rows]
 
 
 def _immediate_dominators(
