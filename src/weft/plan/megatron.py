@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished, fits_memory
@@ -130,15 +131,26 @@ def _estimated(
         if c.d > 1
         else 0.0
     )
-    chunks_s = layers_s.reshape(c.v, c.p, -1).sum(axis=2)
-    # A device computes every micro-batch, after the stages before it fill and before they drain.
-    before_s = np.cumsum(chunks_s[0]) - chunks_s[0]
-    bound_s = float((m * chunks_s.sum(axis=0) + before_s).max())
+    # A device computes every micro-batch, after the stages before it forward one. A stage that is
+    # frozen skips even the fixed cost of backward, so only backwards with work surely count.
+    has_backward = np.array([op.flops_backward > 0 for op in table.graph.ops])
+    least_s = forward_s + times.backward_s * has_backward
+    chunks_s = _by_chunk(segments, least_s, c)
+    fill_s = _by_chunk(segments, times.forward_s, c)[0]
+    bound_s = float((m * chunks_s.sum(axis=0) + np.cumsum(fill_s) - fill_s).max())
     return replace(
         c,
         estimate_s=(m + (c.p - 1) / c.v) * slowest_s + all_reduce_s,
         bound_s=bound_s * (1 - 1e-9),
     )
+
+
+def _by_chunk(
+    segments: Sequence[tuple[int, ...]], op_s: NDArray[np.float64], c: Configuration
+) -> NDArray[np.float64]:
+    """Seconds of the stages of a configuration, shape (v, p)."""
+    layers_s = np.array([op_s[list(segment)].sum() for segment in segments])
+    return layers_s.reshape(c.v, c.p, -1).sum(axis=2)
 
 
 def _is_chain(problem: Problem, segments: Sequence[tuple[int, ...]], num_stages: int) -> bool:

@@ -102,9 +102,11 @@ class BottleneckSearch:
         the operator that is slowest however many devices it gets.
         """
         work, slowest = np.inf, np.inf
+        # A frozen stage skips even the fixed cost of backward.
+        has_backward = np.array([op.flops_backward > 0 for op in self.table.graph.ops])
         for dp in divisors(micro_batch, self.num_devices):
             times = self.table.op_times(micro_batch // dp)
-            seconds = (times.forward_s + times.backward_s) / micro_batch
+            seconds = (times.forward_s + times.backward_s * has_backward) / micro_batch
             work = np.minimum(work, seconds * dp)
             slowest = np.minimum(slowest, seconds)
         # Sums in another order differ in the last bits; the bound stays safely below.
