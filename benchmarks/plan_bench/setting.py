@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 from rows import Row
-from weft.plan.api import plan as make_plan
 
 from weft.base.errors import WeftError
 from weft.cluster.cluster import Cluster
@@ -20,6 +19,7 @@ from weft.cost.training import SGD_FP32, TrainingSpec
 from weft.graph.coarsen import coarsen
 from weft.graph.graph import Graph
 from weft.model.zoo.registry import resolve
+from weft.plan.api import plan as make_plan
 from weft.plan.train_plan import TrainPlan
 from weft.sim.repair import repair_in_flight
 from weft.sim.stage_executor import simulate
