@@ -273,16 +273,15 @@ class ContinuousBatching:
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
         length = len(sequence.tokens)
-        nothing = PrefixMatch(num_tokens=0, pages=tuple(() for _ in self.kv.groups))
         if sequence.wants_prompt_logprobs:
-            return nothing  # Every prompt token must run to report its log-probability.
+            return self.kv.no_match  # Every prompt token must run to report its log-probability.
         parent = sequence.parent
         if parent is not None and parent.slot >= 0 and not sequence.num_output:
             shared = self.kv.share(parent.slot, length)
             if 0 < shared.num_tokens <= parent.num_confirmed:
                 return shared
         if not self.config.enable_prefix_caching:
-            return nothing
+            return self.kv.no_match
         sequence.extend_hashes(self.kv.block_tokens)
         return self.kv.match(sequence.hashes, length)
 

@@ -21,6 +21,18 @@ class PrefixMatch:
     """For each group, the pages of tokens [0, num_tokens); null where a window has passed."""
 
 
+def pages_for_sequence(groups: Seq[CacheGroup], num_tokens: int, chunk: int) -> int:
+    """Most pages that a sequence of `num_tokens` holds at once, computed `chunk` at a time."""
+    total = 0
+    for group in groups:
+        held = num_tokens
+        if group.window is not None:
+            # The window behind a chunk and the chunk itself; both ends may lie inside a page.
+            held = min(num_tokens, group.window + chunk + group.page_tokens)
+        total += -(-held // group.page_tokens)
+    return total
+
+
 class KvCache:
     """Hands pages to slots and finds prefixes again.
 
@@ -34,6 +46,8 @@ class KvCache:
         self.pool = PagePool(num_pages)
         self.block_tokens = min(group.page_tokens for group in self.groups)
         """Granularity of prefix hashes."""
+        self.no_match = PrefixMatch(num_tokens=0, pages=tuple(() for _ in self.groups))
+        """What a sequence that finds nothing starts from."""
         self._unit = max(group.page_tokens for group in self.groups)
         for group in self.groups:
             if self._unit % group.page_tokens:
@@ -49,15 +63,8 @@ class KvCache:
         self._num_passed = [[0] * max_slots for _ in self.groups]
 
     def pages_for(self, num_tokens: int, chunk: int) -> int:
-        """Most pages that a sequence of `num_tokens` holds at once, computed `chunk` at a time."""
-        total = 0
-        for group in self.groups:
-            held = num_tokens
-            if group.window is not None:
-                # The window behind a chunk and the chunk itself; both ends may lie inside a page.
-                held = min(num_tokens, group.window + chunk + group.page_tokens)
-            total += -(-held // group.page_tokens)
-        return total
+        """`pages_for_sequence` of this cache's groups."""
+        return pages_for_sequence(self.groups, num_tokens, chunk)
 
     def match(self, hashes: Seq[bytes], num_tokens: int) -> PrefixMatch:
         """The longest cached prefix of at most `num_tokens - 1` tokens, as one token must run.
@@ -72,7 +79,7 @@ class KvCache:
             pages = self._prefix_pages(found, length)
             if pages is not None:
                 return PrefixMatch(num_tokens=length, pages=pages)
-        return PrefixMatch(num_tokens=0, pages=tuple(() for _ in self.groups))
+        return self.no_match
 
     def num_idle(self, match: PrefixMatch) -> int:
         """How many available pages adopting this match would use up."""
@@ -99,7 +106,7 @@ class KvCache:
             held = tuple(int(page) for page in self.tables[g][slot, :count])
             first = self._first_visible(group, length)
             if NULL_PAGE in held[first:]:
-                return PrefixMatch(num_tokens=0, pages=tuple(() for _ in self.groups))
+                return self.no_match
             pages.append((NULL_PAGE,) * first + held[first:])
         return PrefixMatch(num_tokens=length, pages=tuple(pages))
 

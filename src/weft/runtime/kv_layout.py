@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.engine.batch import CacheGroup
+from weft.engine.kv_cache import pages_for_sequence
 from weft.model.config import ModelConfig
 
 PAGE_TOKENS = 16
@@ -42,13 +43,7 @@ class KvLayout:
 
     def pages_for_sequence(self, num_tokens: int, chunk: int) -> int:
         """Most pages that one sequence holds at once, computed `chunk` tokens at a time."""
-        total = 0
-        for group in self.groups:
-            held = num_tokens
-            if group.window is not None:
-                held = min(num_tokens, group.window + chunk + group.page_tokens)
-            total += -(-held // group.page_tokens)
-        return total
+        return pages_for_sequence(self.groups, num_tokens, chunk)
 
 
 def kv_layout(config: ModelConfig, dtype: torch.dtype) -> KvLayout:
