@@ -14,6 +14,7 @@ from rich.table import Table
 
 from weft.base.errors import ConfigError, WeftError
 from weft.cli.console import stdout_console
+from weft.cli.parsing import whole_numbers
 from weft.cli.pricing import load_cost, load_graph, load_training
 from weft.cli.profile import parse_options
 from weft.cluster.cluster import Cluster
@@ -170,14 +171,7 @@ def planned(method: str, setting: Setting) -> TrainPlan:
 
 
 def _sizes(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--micro-batches is {text!r}; give whole numbers separated by commas, as in 1,2,4"
-        ) from None
+    return None if text is None else whole_numbers(text, "--micro-batches")
 
 
 def _print(rows: Sequence[Row], setting: Setting) -> None:

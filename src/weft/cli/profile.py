@@ -15,6 +15,7 @@ from rich.table import Table
 from weft.base.errors import ConfigError
 from weft.cli import profile_serve
 from weft.cli.console import stdout_console
+from weft.cli.parsing import whole_numbers
 from weft.cluster.presets import local_cluster
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -42,7 +43,7 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Measure each distinct block of MODEL forward and backward, and write the medians."""
-    sizes = parse_batch_sizes(batch_sizes)
+    sizes = whole_numbers(batch_sizes, "--batch-sizes")
     options = parse_options(option or [])
     # Imported here, so that --help and wrong options answer without loading torch.
     import torch
@@ -93,16 +94,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     app(args=argv, prog_name="weft profile")
     return 0
-
-
-def parse_batch_sizes(text: str) -> tuple[int, ...]:
-    """`1,2,4` as integers; ConfigError says which part is not one."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--batch-sizes is {text!r}; give whole numbers separated by commas, as in 1,2,4"
-        ) from None
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
