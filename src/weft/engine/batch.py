@@ -16,6 +16,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from weft.engine.finetune import FinetuneOutcome, FinetuneWork
 from weft.engine.sampling import SamplingParams
 
 UNKNOWN_TOKEN = -1
@@ -40,7 +41,7 @@ class SegmentKind(IntEnum):
     FT_FORWARD = 3
     """Tokens of a finetuning sample, forward."""
     FT_BACKWARD = 4
-    """Tokens of a finetuning sample, backward through the row's layers."""
+    """A span of a finetuning sample, backward through the row's layers; it holds no tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,8 @@ class ExecutorInfo:
     vocab_size: int
     max_num_seqs: int
     """Slots: sequences that hold state in the executor at once."""
+    max_finetune_samples: int = 0
+    """Further rows of the page tables, from `max_num_seqs` on, for samples of finetuning jobs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,21 +102,10 @@ class SequenceStart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneSegment:
-    """The finetuning side of a row whose kind is FT_FORWARD or FT_BACKWARD."""
-
-    row: int
-    job_id: str
-    sample: int
-    begin: int
-    """First token of the span within the sample."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """One iteration: rows of any kind, their tokens, and where each may look and must write.
 
-    Rows of kind DECODE come first. The executor applies, in this order: `freed_slots`,
+    Rows come in the order of their kinds. The executor applies, in this order: `freed_slots`,
     `starts`, `page_moves`, the rows, sampling.
     """
 
@@ -153,7 +145,8 @@ class Batch:
     """[T, bytes] bit j of a VERIFY token: it sees token j of its row; None without trees."""
     logits_masks: npt.NDArray[np.uint32] | None = None
     """[S, ceil(V/32)] bit set where a token is allowed; None allows all."""
-    finetune: tuple[FinetuneSegment, ...] = ()
+    finetune: FinetuneWork | None = None
+    """Commands and spans of finetuning jobs; None without any."""
 
     @property
     def num_rows(self) -> int:
@@ -210,3 +203,4 @@ class StepResult:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     elapsed_s: float = 0.0
     """Seconds that the executor was busy with the batch."""
+    finetune: FinetuneOutcome | None = None
