@@ -1,0 +1,1 @@
+"""The trainer: data, loss, optimizer, checkpoints, the step loop over a StageExecutor."""
