@@ -48,6 +48,7 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         """The tokenizer's own; the ids that end a generation are in `GenerationDefaults`."""
+        self.eos_token = self._special_tokens.get("eos_token")
         self._is_byte_level = _is_byte_level(backend)
         self._add_bos = _explicit_bos(backend, config, self.bos_token_id)
         self._templates = {
@@ -101,12 +102,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` for many texts, on several threads where that pays."""
         for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidRequestError(
-                    f"the prompt is not valid Unicode text: {error}", param="prompt"
-                ) from error
+            _check_unicode(text)
         encodings = self._backend.encode_batch_fast(
             list(texts), add_special_tokens=add_special_tokens
         )
@@ -114,6 +110,26 @@ class Tokenizer:
         if not add_special_tokens or self._add_bos is None or self.bos_token_id is None:
             return ids
         return [_with_bos(row, self.bos_token_id, self._add_bos) for row in ids]
+
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and, for each, the characters [begin, end) of `text` that it covers.
+
+        Special tokens that the tokenizer adds cover nothing: (0, 0).
+
+        Raises:
+            InvalidRequestError: the text holds lone surrogates, which no UTF-8 can carry.
+        """
+        _check_unicode(text)
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        ids, offsets = list(encoding.ids), list(encoding.offsets)
+        if not add_special_tokens or self._add_bos is None or self.bos_token_id is None:
+            return ids, offsets
+        with_bos = _with_bos(ids, self.bos_token_id, self._add_bos)
+        if len(with_bos) > len(ids):
+            offsets.insert(0, (0, 0))
+        return with_bos, offsets[len(offsets) - len(with_bos) :]
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Turn token ids into text; bytes that are no UTF-8 become U+FFFD.
@@ -224,6 +240,15 @@ class Tokenizer:
     def _id_of(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"the prompt is not valid Unicode text: {error}", param="prompt"
+        ) from error
 
 
 def _template_variables(given: Mapping[str, Any] | None) -> Mapping[str, Any]:
