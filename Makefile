@@ -19,7 +19,7 @@ help:
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
-	$(PIP) -e .
+	$(PIP) -e '.[examples]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

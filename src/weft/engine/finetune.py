@@ -19,20 +19,10 @@ import numpy.typing as npt
 
 from weft.base.errors import ConfigError
 from weft.graph.adapter_spec import AdapterSpec
+from weft.graph.pruning import Remat
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
-
-
-class Remat(StrEnum):
-    """What a sample keeps between forward and backward."""
-
-    NONE = "none"
-    """All that the pruned backward reads."""
-    PRUNED = "pruned"
-    """The same, less what cheap operators recompute."""
-    LAYER_INPUT = "layer-input"
-    """The input of each layer and the keys and values; the rest is computed again per window."""
 
 
 class LossNormalization(StrEnum):
