@@ -59,6 +59,9 @@ class GemmSpec:
 
 GROUP = 8  # rows of W that are summed together
 MAX_ROW_BLOCK = 96  # rows of x that stay in the second-level cache while W streams by
+# Up to this many rows of x a bfloat16 product waits for W. Its rows one by one are a single stream,
+# which the processor fetches ahead better than eight short ones.
+_MAX_STREAM_ROWS = 3
 _STRETCH_BYTES = 4096  # of each row of W: a group's stretch and the rows of x fit the first level
 GEMM_ARGS = ("x", "ldx", "w", "y", "ldy", "extra", "m", "n", "k", "row_block")
 
@@ -160,11 +163,15 @@ def _emit_tile(k: Builder, spec: GemmSpec, p: _Operands, tile: _Tile, n: int) ->
     else:
         w_rows = [tile.output + i for i in range(GROUP)]
     is_wide = n * GROUP <= k.isa.lanes
-    step = GROUP if is_wide else GROUP // 2
-    parts = [_emit_dots(k, spec, p, tile, n, w_rows[i : i + step]) for i in range(0, GROUP, step)]
+    width = GROUP if is_wide else GROUP // 2
+    at_once = 1 if spec.use_dot and n <= _MAX_STREAM_ROWS else width
+    parts = [
+        _emit_dots(k, spec, p, tile, n, w_rows[i : i + at_once]) for i in range(0, GROUP, at_once)
+    ]
     totals = []
     for m in range(n):
-        sums = [reduce_tree(k, part[m]) for part in parts]
+        dots = [dot for part in parts for dot in part[m]]
+        sums = [reduce_tree(k, dots[i : i + width]) for i in range(0, GROUP, width)]
         totals.append(k.var(sums[0] if is_wide else k.shuffle(sums[0], sums[1], range(GROUP))))
     kept = k.offset(p.scratch, (tile.row - tile.row_base) * GROUP, Storage.FLOAT32)
     with k.when(tile.k_start > 0):
