@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,7 +140,9 @@ def plan(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the verb on its arguments; SystemExit on --help and on a wrong option."""
+    """Run the verb: with --finetune anywhere, the report on a finetuning job."""
+    if argv is not None and "--finetune" in argv:
+        return import_module("weft.cli.plan_finetune").main(argv)
     app(args=argv, prog_name="weft plan")
     return 0
 
