@@ -18,7 +18,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -33,8 +33,9 @@ from weft.graph.graph import Graph, Parameter
 from weft.graph.lowering import LOSS_PATH, Recording, lower
 from weft.graph.recorder import Origin, Recorder, Value
 
-Loss = Callable[..., "Tensor | Mapping[str, Tensor]"]
-"""`loss(output, *targets)`: one scalar, or one per task by name."""
+Loss = Callable[..., "Tensor | tuple[Tensor, Tensor | int | float] | Mapping[str, Tensor]"]
+"""`loss(output, *targets)`: one scalar, a pair (sum, weight) whose quotient is the loss, or one
+scalar per task by name."""
 
 
 class CaptureError(UnsupportedError):
@@ -42,17 +43,43 @@ class CaptureError(UnsupportedError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InputLeaf:
+    """One tensor of the example inputs and targets: its placeholder, and its batch axis if any."""
+
+    name: str
+    batch_axis: int | None
+    is_target: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossNodes:
+    """The program's nodes that hold a task's loss; `total / weight` where the loss is a pair.
+
+    `total` and `weight` are empty for a loss that is one scalar.
+    """
+
+    task: str
+    mean: str
+    total: str = ""
+    weight: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Capture:
     """A graph with the exported program that it came from, for whoever runs parts of it.
 
     `nodes` maps each operator's id to the names of the program's nodes that make it up; `batch` is
-    the number of samples in the example.
+    the number of samples in the example. `leaves` are the tensors of (args, kwargs, targets) in
+    pytree order, `losses` one entry a task. `canonical` maps every path of a parameter to its id.
     """
 
     graph: Graph
     program: ExportedProgram
     nodes: Mapping[str, tuple[str, ...]]
     batch: int
+    leaves: tuple[InputLeaf, ...] = ()
+    losses: tuple[LossNodes, ...] = ()
+    canonical: Mapping[str, str] = field(default_factory=dict)
 
 
 def capture(
@@ -70,10 +97,11 @@ def capture(
     `example_inputs` are positional (tuple) or keyword (mapping) arguments with a batch of at least
     2; shapes matter, values do not, and a module on the meta device needs no memory. `batch_axes`
     is the batch axis of every input and target tensor, or one entry for each, None where a tensor
-    has none. `loss(output, *targets)` returns a scalar, or a mapping of task name to scalar for
-    several losses. Without it the module's own loss is used (its scalar output, or a field named
-    `loss`), else the mean of its floating outputs (of `logits` where there is such a field).
-    With `training=False` the module runs in eval mode and nothing is saved or differentiated.
+    has none. `loss(output, *targets)` returns a scalar, a pair (sum, weight), or a mapping of task
+    name to scalar for several losses. Without it the module's own loss is used (its scalar output,
+    or a field named `loss`), else the mean of its floating outputs (of `logits` where there is such
+    a field). With `training=False` the module runs in eval mode and nothing is saved or
+    differentiated.
 
     Raises CaptureError with torch.export's reason and the module's path when export fails,
     GraphError when trainable parameters reach no loss, ConfigError for a bad example batch.
@@ -117,10 +145,11 @@ def trace(
     walker = _Walker(program, module, training)
     outputs = walker.run()
     losses = {}
+    tasks = wrapper.loss.tasks() if training else ()
     if training:
-        tasks = wrapper.loss.tasks()
         losses = dict(zip(tasks, outputs[: len(tasks)], strict=True))
-        outputs = outputs[len(tasks) :]
+        # The sum and weight of a pair come last; they are inside the loss, no outputs of their own.
+        outputs = outputs[len(tasks) : -2 if wrapper.loss.is_pair() else None]
     lowered = lower(
         Recording(
             name=name or type(module).__name__,
@@ -136,7 +165,50 @@ def trace(
         op_id: tuple(dict.fromkeys(walker.node_of_step[i] for i in steps))
         for op_id, steps in lowered.steps_of_op.items()
     }
-    return Capture(graph=lowered.graph, program=program, nodes=nodes, batch=batch)
+    return Capture(
+        graph=lowered.graph,
+        program=program,
+        nodes=nodes,
+        batch=batch,
+        leaves=_leaves(program, inputs, shapes),
+        losses=_loss_nodes(program, tasks, training and wrapper.loss.is_pair()),
+        canonical=walker.canonical,
+    )
+
+
+def _leaves(program: ExportedProgram, inputs: Any, shapes: Any) -> tuple[InputLeaf, ...]:
+    """The placeholders of the tensors among `inputs`, in pytree order."""
+    specs = program.graph_signature.input_specs
+    names = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT"]
+    flat = pytree.tree_leaves(inputs)
+    axes = pytree.tree_leaves(shapes, is_leaf=_is_axes)
+    num_targets = len(pytree.tree_leaves(inputs[2]))
+    return tuple(
+        InputLeaf(
+            name=name,
+            batch_axis=next(iter(axis)) if axis else None,
+            is_target=position >= len(flat) - num_targets,
+        )
+        for position, (name, leaf, axis) in enumerate(zip(names, flat, axes, strict=True))
+        if isinstance(leaf, Tensor)
+    )
+
+
+def _is_axes(entry: Any) -> bool:
+    """Whether this is the `dynamic_shapes` entry of one tensor, not a container of entries."""
+    return entry is None or (
+        isinstance(entry, dict) and bool(entry) and all(isinstance(key, int) for key in entry)
+    )
+
+
+def _loss_nodes(
+    program: ExportedProgram, tasks: Sequence[str], is_pair: bool
+) -> tuple[LossNodes, ...]:
+    specs = program.graph_signature.output_specs
+    names = [spec.arg.name for spec in specs if spec.kind.name == "USER_OUTPUT"]
+    if is_pair:
+        return (LossNodes(task=tasks[0], mean=names[0], total=names[-2], weight=names[-1]),)
+    return tuple(LossNodes(task=t, mean=n) for t, n in zip(tasks, names, strict=False))
 
 
 class _Trained(nn.Module):
@@ -158,29 +230,59 @@ class _Trained(nn.Module):
         if not self.with_loss:
             return tuple(tensors)
         losses = self.loss(output, targets)
-        return (*losses.values(), *tensors)
+        return (*losses.means.values(), *tensors, *losses.pair)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Losses:
+    """Scalars by task, and the sum and weight that the only one is made of, if it is."""
+
+    means: dict[str, Tensor]
+    pair: tuple[Tensor, ...] = ()
 
 
 class _LossPart(nn.Module):
     def __init__(self, function: Loss | None) -> None:
         super().__init__()
         self.function = function
-        # A closure: torch.export puts back every attribute that forward changes.
+        # Closures: torch.export puts back every attribute that forward changes.
         seen: list[str] = []
+        pairs: list[bool] = []
         self.note = seen.extend
+        self.note_pair = pairs.append
         self.tasks = lambda: tuple(dict.fromkeys(seen))
+        self.is_pair = lambda: any(pairs)
 
-    def forward(self, output: Any, targets: Any) -> dict[str, Tensor]:
+    def forward(self, output: Any, targets: Any) -> _Losses:
         found = _default_loss(output) if self.function is None else self.function(output, *targets)
+        pair: tuple[Tensor, ...] = ()
+        if isinstance(found, tuple | list):
+            pair = _pair(found)
+            self.note_pair(True)
+            found = pair[0] / pair[1]
         losses = dict(found) if isinstance(found, Mapping) else {"": found}
         for task, value in losses.items():
             if not isinstance(value, Tensor) or value.numel() != 1:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ConfigError(
-                    f"loss {task!r} is {shape}, not a scalar; reduce it, for example with .mean()"
+                    f"loss {task!r} is {shape}, not a scalar; reduce it, for example with .mean(), "
+                    "or return a pair (sum, weight)"
                 )
         self.note(losses)
-        return losses
+        return _Losses(means=losses, pair=pair)
+
+
+def _pair(found: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Sum and weight as scalars of the sum's dtype."""
+    if len(found) != 2 or not isinstance(found[0], Tensor) or found[0].numel() != 1:
+        raise ConfigError(
+            f"the loss returned a {type(found).__name__} of {len(found)}; a pair is (sum, weight): "
+            "a scalar tensor, and a number or scalar tensor"
+        )
+    total, weight = found
+    if not isinstance(weight, Tensor):
+        weight = total.new_full((), weight)
+    return total, weight.to(total.dtype).reshape(())
 
 
 def _default_loss(output: Any) -> Tensor:
@@ -285,13 +387,13 @@ class _Walker:
         self._node = ""
         self._attended: set[Node] = set()
         self._copies: dict[tuple[Any, ...], bool] = {}
-        self._canonical: dict[str, str] = {}
+        self.canonical: dict[str, str] = {}
         self.parameters: dict[str, Parameter] = {}
         first: dict[int, str] = {}
         elements: dict[str, int] = {}
         for path, tensor in module.named_parameters(remove_duplicate=False):
             param_id = first.setdefault(id(tensor), path)
-            self._canonical[path] = param_id
+            self.canonical[path] = param_id
             dtype = _dtype_name(tensor.dtype)
             elements[dtype] = elements.get(dtype, 0) + tensor.numel()
             self.parameters[param_id] = Parameter(
@@ -322,7 +424,7 @@ class _Walker:
             return tensor
         operand = _operand(tensor, node)
         if kind == "PARAMETER":
-            param_id = self._canonical[target.removeprefix("module.")]
+            param_id = self.canonical[target.removeprefix("module.")]
             trainable = self.parameters[param_id].trainable
             operand = _operand(tensor, node, needs_grad=trainable)
             return self.recorder.new_value(Origin.WEIGHT, operand, param_ids=(param_id,))

@@ -178,7 +178,7 @@ class _Cutter:
 
     def _copy_one(self, node: Node) -> Node:
         copied = self.graph.node_copy(node, self.copied.__getitem__)
-        _move(copied, self.device)
+        move_node(copied, self.device)
         if node.op == "get_attr":
             self._copy_region(str(node.target))
         schema = getattr(node.target, "_schema", None)
@@ -187,28 +187,33 @@ class _Cutter:
         return copied
 
     def _copy_region(self, name: str) -> None:
-        """Keep a copy of a sub-graph (a no-grad region) that makes its tables on the device."""
+        """Keep the sub-graph that a node refers to."""
         region = getattr(self.capture.program.graph_module, name, None)
         if not isinstance(region, GraphModule):
             return
-        region = copy.deepcopy(region)
-        for node in list(region.graph.nodes):
-            if "_assert_tensor_metadata" in str(node.target):
-                region.graph.erase_node(node)
-            else:
-                _move(node, self.device)
-        region.recompile()
-        self.regions[name] = region
+        self.regions[name] = region_on(region, self.device)
 
     def _leaves(self, node: Node) -> bool:
         users = [u for u in node.users if "_assert" not in str(u.target)]
         return not users or any(u not in self.copied for u in users)
 
 
-def _move(node: Node, device: torch.device) -> None:
+def move_node(node: Node, device: torch.device) -> None:
     """Captured on meta tensors, a program makes its tables there; here they are real."""
     node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, dict(node.kwargs))
     node.args = tuple(pytree.tree_map_only(torch.device, lambda _: device, node.args))
+
+
+def region_on(region: GraphModule, device: torch.device) -> GraphModule:
+    """A copy of a sub-graph (a no-grad region) that makes its tables on the device."""
+    region = copy.deepcopy(region)
+    for node in list(region.graph.nodes):
+        if "_assert_tensor_metadata" in str(node.target):
+            region.graph.erase_node(node)
+        else:
+            move_node(node, device)
+    region.recompile()
+    return region
 
 
 def _describe(value: Tensor, is_weight: bool, needs_grad: bool) -> BlockInput:

@@ -1,0 +1,689 @@
+"""Cuts an exported program into the stages of a plan: what each computes, reads and hands on.
+
+Every aten node belongs to the stage of its operator (`Capture.nodes`). Nodes of no operator (views,
+constants, sizes) are copied into every stage that needs them, so that what crosses between two
+stages is what the graph's edges count: the outputs of operators. Sizes that depend on the batch are
+computed from the number of samples at hand, so no stage needs a tensor for its shape alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from weft.base.errors import IntegrityError, UnsupportedError
+from weft.graph.aten import SHAPE_ONLY
+from weft.graph.capture import Capture
+from weft.plan.train_plan import PlanError, TrainPlan
+from weft.runtime import seeded_dropout
+from weft.runtime.block_program import move_node, region_on
+
+_DROPOUTS = frozenset({"dropout", "dropout_"})
+_FEATURE_DROPOUTS = frozenset({"feature_dropout", "feature_dropout_"})
+_RANDOM = frozenset(
+    {
+        *("native_dropout", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "bernoulli_"),
+        *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "multinomial"),
+        *("normal", "normal_", "uniform_", "exponential_", "randperm", "poisson"),
+        *("rrelu", "rrelu_with_noise"),
+    }
+)
+_STATISTICS = frozenset({"batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """A tensor that crosses between stages: dtype and, for any number of samples, its shape.
+
+    `sizes` holds (per sample, fixed) for each axis: an axis is per_sample * n + fixed long for n
+    samples. `axis` is the one that holds the samples; None where there is none. `is_shared` says
+    that the samples do not enter at all: the tensor comes from parameters and constants alone.
+    """
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[tuple[int, int], ...]
+    axis: int | None
+    needs_grad: bool
+    is_shared: bool = False
+
+    @property
+    def per_sample(self) -> int:
+        """Entries of the sample axis that belong to one sample."""
+        return 0 if self.axis is None else self.sizes[self.axis][0]
+
+    def shape(self, num_samples: int) -> tuple[int, ...]:
+        """The shape for `num_samples` samples."""
+        return tuple(slope * num_samples + fixed for slope, fixed in self.sizes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutEdge:
+    """What one stage hands to another: `outputs[i]` of the source is `inputs[i]` of the target."""
+
+    source: int
+    target: int
+    tensors: tuple[TensorSpec, ...]
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeafInput:
+    """An input of a stage that comes from the data: the leaf's index in `Capture.leaves`."""
+
+    position: int
+    leaf: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgram:
+    """One stage as a function of (dropout key, sizes..., inputs..., parameters..., buffers...).
+
+    It returns its outputs, then for a stage with losses (total, weight) of each. A `weight` of
+    None in `losses` stands for the number of samples, and the total for a mean.
+    """
+
+    index: int
+    module: GraphModule
+    sizes: tuple[tuple[int, int], ...]
+    num_inputs: int
+    leaves: tuple[LeafInput, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    num_outputs: int
+    losses: tuple[bool, ...]
+    """For each loss whether it is a pair."""
+    has_dropout: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCut:
+    """All stages of a plan and what crosses between them."""
+
+    stages: tuple[StageProgram, ...]
+    edges: Mapping[tuple[int, int], CutEdge]
+    loss_stages: tuple[int, ...]
+
+
+def cut_stages(
+    capture: Capture, plan: TrainPlan, device: torch.device, *, allow_mixing: bool = False
+) -> StageCut:
+    """The programs of the plan's stages, ready to run on `device`.
+
+    With `allow_mixing` samples of a micro-batch may meet in one tensor (a contrastive loss).
+    Raises UnsupportedError for operators that a pipeline cannot run as one process would
+    (BatchNorm in training, unseeded random numbers), PlanError where the plan lacks an edge.
+    """
+    return _Cutter(capture, plan, device, allow_mixing).cut()
+
+
+@dataclass(kw_only=True)
+class _Draft:
+    """A stage while its needs are collected."""
+
+    roots: list[Node] = field(default_factory=list)
+    inside: set[Node] = field(default_factory=set)
+    incoming: dict[Node, int] = field(default_factory=dict)
+    """Nodes of other stages that it reads, and their stage."""
+    placeholders: set[Node] = field(default_factory=set)
+
+
+class _Cutter:
+    def __init__(
+        self, capture: Capture, plan: TrainPlan, device: torch.device, allow_mixing: bool
+    ) -> None:
+        self.capture, self.plan, self.device = capture, plan, device
+        self.allow_mixing = allow_mixing
+        self.nodes = list(capture.program.graph.nodes)
+        self.by_name = {node.name: node for node in self.nodes}
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        signature = capture.program.graph_signature
+        holders = [n for n in self.nodes if n.op == "placeholder"]
+        self.specs = dict(zip(holders, signature.input_specs, strict=True))
+        self.leaf_of = {leaf.name: i for i, leaf in enumerate(capture.leaves)}
+        self.arguments = _without_writes(self.nodes)
+        self.ops_of_node: dict[Node, list[str]] = {}
+        for op_id, names in capture.nodes.items():
+            for name in names:
+                self.ops_of_node.setdefault(self.by_name[name], []).append(op_id)
+        self.owner: dict[Node, int] = {}
+        self._assign_owners()
+        self._check_nodes()
+        self.drafts = [_Draft() for _ in plan.stages]
+        self.symbols = self._symbols()
+        self.from_data = self._from_data()
+
+    def cut(self) -> StageCut:
+        """Collect what each stage needs from the last to the first, then write the programs."""
+        losses = self._loss_roots()
+        for index in reversed(self.plan.topological_order):
+            draft = self.drafts[index]
+            draft.roots.sort(key=self.position.__getitem__)
+            self._collect(index, draft, [*draft.roots, *losses.get(index, ())])
+        outputs = [list(dict.fromkeys(draft.roots)) for draft in self.drafts]
+        stages = tuple(
+            self._program(i, draft, outputs[i], losses.get(i, ()))
+            for i, draft in enumerate(self.drafts)
+        )
+        edges = {
+            (source, target): self._edge(source, target, outputs)
+            for target, draft in enumerate(self.drafts)
+            for source in sorted(set(draft.incoming.values()))
+        }
+        return StageCut(stages=stages, edges=edges, loss_stages=tuple(sorted(losses)))
+
+    # Who owns a node
+
+    def _assign_owners(self) -> None:
+        for node, ops in self.ops_of_node.items():
+            stages = {self.plan.stage_of[op] for op in ops}
+            if len(stages) == 1:
+                self.owner[node] = stages.pop()
+            elif any(self._is_parameter(arg) for arg in node.all_input_nodes):
+                raise UnsupportedError(
+                    f"operators {ops[0]!r} and {ops[-1]!r} lie in one region of the program "
+                    f"({node.target}) but in stages {sorted(stages)}; keep them in one stage"
+                )
+        for node in self.nodes:
+            if node.target is operator.getitem and node.args[0] in self.owner:
+                self.owner[node] = self.owner[node.args[0]]  # type: ignore[index]
+
+    def _is_parameter(self, node: Node) -> bool:
+        return node in self.specs and self.specs[node].kind.name == "PARAMETER"
+
+    def _check_nodes(self) -> None:
+        for node in self.nodes:
+            if node.op != "call_function":
+                continue
+            name = _aten_name(node)
+            where = self._where(node)
+            if name in _STATISTICS and self._uses_batch_statistics(node, name):
+                raise UnsupportedError(
+                    f"{where} is BatchNorm in training mode, whose statistics depend on how the "
+                    "batch is cut; use GroupNorm or LayerNorm, or put it in eval mode"
+                )
+            if name in _RANDOM:
+                raise UnsupportedError(
+                    f"{where} draws random numbers ({node.target}) that would depend on the plan; "
+                    "dropout, feature dropout and dropout of attention are seeded, nothing else is"
+                )
+            if name == "embedding" and len(node.args) > 4 and node.args[4]:
+                raise UnsupportedError(
+                    f"{where} makes sparse gradients; build the embedding with sparse=False"
+                )
+        for spec in self.capture.program.graph_signature.output_specs:
+            if spec.kind.name == "BUFFER_MUTATION":
+                raise UnsupportedError(
+                    f"forward changes buffer {str(spec.target).removeprefix('module.')!r}, which "
+                    "every micro-batch would change again; keep it out of the module"
+                )
+
+    @staticmethod
+    def _uses_batch_statistics(node: Node, name: str) -> bool:
+        # aten.batch_norm(input, weight, bias, mean, var, training, ...)
+        return bool(node.args[5]) if name in ("batch_norm", "cudnn_batch_norm") else True
+
+    def _where(self, node: Node) -> str:
+        ops = self.ops_of_node.get(node)
+        return f"operator {ops[0]!r}" if ops else f"node {node.name!r}"
+
+    # What a stage needs
+
+    def _loss_roots(self) -> dict[int, list[Node]]:
+        found: dict[int, list[Node]] = {}
+        for loss in self.capture.losses:
+            names = [loss.total, loss.weight] if loss.total else [loss.mean]
+            nodes = [self.by_name[name] for name in names]
+            found.setdefault(self._stage_of_value(self.by_name[loss.mean]), []).extend(nodes)
+        if not found:
+            raise UnsupportedError(
+                f"graph {self.capture.graph.name!r} was captured without a loss; capture it with "
+                "training=True"
+            )
+        return found
+
+    def _stage_of_value(self, node: Node) -> int:
+        """The stage that computes a node, or the last of those that its operands come from."""
+        order = {stage: i for i, stage in enumerate(self.plan.topological_order)}
+        stack, found, seen = [node], set(), set()
+        while stack:
+            here = stack.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            if here in self.owner:
+                found.add(self.owner[here])
+            else:
+                stack.extend(self._reads(here))
+        return max(found, key=order.__getitem__)
+
+    def _reads(self, node: Node) -> list[Node]:
+        args, kwargs = self.arguments.get(node, (node.args, node.kwargs))
+        return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Node)]
+
+    def _collect(self, index: int, draft: _Draft, roots: Sequence[Node]) -> None:
+        stack = list(roots)
+        while stack:
+            node = stack.pop()
+            if node in draft.inside or node in draft.incoming or node in draft.placeholders:
+                continue
+            if _size_value(node) is not None:
+                continue  # From the number of samples.
+            if node.op == "placeholder":
+                draft.placeholders.add(node)
+                continue
+            owner = self.owner.get(node, index)
+            if owner != index and not isinstance(node.meta.get("val"), tuple | list):
+                draft.incoming[node] = owner
+                self._hand_on(owner, index, node)
+                continue
+            draft.inside.add(node)
+            stack.extend(self._operands(node, index))
+
+    def _hand_on(self, source: int, target: int, node: Node) -> None:
+        edge = self.plan.edge_by_pair.get((source, target))
+        if edge is None or edge.is_order_only:
+            raise PlanError(
+                f"stage {target} reads {node.name!r} of {self._where(node)} in stage {source}, but "
+                "the plan has no edge with bytes between them; plan again from this capture"
+            )
+        self.drafts[source].roots.append(node)
+
+    def _operands(self, node: Node, index: int) -> list[Node]:
+        """What must be there for a node; not the operands that it reads for their shape alone."""
+        shape_only = self._shape_operands(node)
+        return [
+            n for n in self._reads(node) if n not in shape_only or self.owner.get(n, index) == index
+        ]
+
+    @staticmethod
+    def _shape_operands(node: Node) -> frozenset[Node]:
+        name = _aten_name(node)
+        position = 0 if name in SHAPE_ONLY else 1
+        if name not in SHAPE_ONLY and name not in ("expand_as", "view_as", "reshape_as", "type_as"):
+            return frozenset()
+        operand = node.args[position] if len(node.args) > position else None
+        return frozenset({operand}) if isinstance(operand, Node) else frozenset()
+
+    # Writing the programs
+
+    def _program(
+        self, index: int, draft: _Draft, outputs: Sequence[Node], losses: Sequence[Node]
+    ) -> StageProgram:
+        writer = _Writer(self, index, draft)
+        module = writer.write(outputs, losses)
+        num_pairs = [bool(loss.total) for loss in self.capture.losses]
+        return StageProgram(
+            index=index,
+            module=module,
+            sizes=tuple(writer.sizes),
+            num_inputs=len(writer.inputs),
+            leaves=tuple(
+                LeafInput(position=i, leaf=self.leaf_of[node.name])
+                for i, node in enumerate(writer.inputs)
+                if node.op == "placeholder"
+            ),
+            parameters=tuple(writer.parameters),
+            buffers=tuple(writer.buffers),
+            num_outputs=len(outputs),
+            losses=(True,) if num_pairs == [True] and losses else (False,) * len(losses),
+            has_dropout=writer.has_dropout,
+        )
+
+    def inputs_of(self, draft: _Draft) -> list[Node]:
+        """A stage's inputs in order: data leaves, then tensors of other stages."""
+        data = [n for n in draft.placeholders if self.specs[n].kind.name == "USER_INPUT"]
+        incoming = sorted(draft.incoming, key=self.position.__getitem__)
+        return [*sorted(data, key=self.position.__getitem__), *incoming]
+
+    def _edge(self, source: int, target: int, outputs: Sequence[Sequence[Node]]) -> CutEdge:
+        draft = self.drafts[target]
+        inputs = self.inputs_of(draft)
+        crossing = [n for n in inputs if draft.incoming.get(n) == source]
+        return CutEdge(
+            source=source,
+            target=target,
+            tensors=tuple(self._spec(node, target) for node in crossing),
+            outputs=tuple(outputs[source].index(node) for node in crossing),
+            inputs=tuple(inputs.index(node) for node in crossing),
+        )
+
+    def _spec(self, node: Node, target: int) -> TensorSpec:
+        value: Tensor = node.meta["val"]
+        sizes = tuple(self.size(size) for size in value.shape)
+        axes = [i for i, (slope, _) in enumerate(sizes) if slope]
+        if len(axes) > 1 and not self.allow_mixing:
+            raise UnsupportedError(
+                f"{self._where(node)} relates the samples of a micro-batch to each other (shape "
+                f"{tuple(value.shape)}); declare loss_scope='micro_batch' or 'global'"
+            )
+        ops = set(self.ops_of_node.get(node) or self.ops_of_node[node.args[0]])  # type: ignore[index]
+        inside = set(self.plan.stages[target].ops)
+        needs_grad = value.dtype.is_floating_point and any(
+            edge.needs_grad
+            for edge in self.capture.graph.edges
+            if edge.source in ops and edge.target in inside
+        )
+        edge = self.plan.edge_by_pair[self.owner[node], target]
+        return TensorSpec(
+            name=node.name,
+            dtype=value.dtype,
+            sizes=sizes,
+            axis=axes[0] if len(axes) == 1 and sizes[axes[0]][1] == 0 else None,
+            needs_grad=needs_grad and edge.backward_bytes_per_sample > 0,
+            is_shared=not axes and node not in self.from_data,
+        )
+
+    def _from_data(self) -> set[Node]:
+        """Nodes whose values depend on samples."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder":
+                leaf = self.leaf_of.get(node.name)
+                if leaf is not None and self.capture.leaves[leaf].batch_axis is not None:
+                    found.add(node)
+            elif _size_value(node) is None and any(
+                read in found
+                for read in self._reads(node)
+                if read not in self._shape_operands(node)
+            ):
+                found.add(node)
+        return found
+
+    # Sizes
+
+    def _symbols(self) -> dict[Any, int]:
+        """Entries per sample of each symbol that stands for a batch axis."""
+        found: dict[Any, int] = {}
+        for leaf in self.capture.leaves:
+            value = self.by_name[leaf.name].meta["val"]
+            if leaf.batch_axis is None or isinstance(value.shape[leaf.batch_axis], int):
+                continue
+            size = value.shape[leaf.batch_axis].node
+            for symbol in size.expr.free_symbols:
+                found[symbol] = max(1, int(size.hint) // self.capture.batch)
+        return found
+
+    def size(self, size: Any) -> tuple[int, int]:
+        """(per sample, fixed) of a size of the program."""
+        if isinstance(size, int):
+            return (0, size)
+        expr = size.node.expr
+        unknown = expr.free_symbols - self.symbols.keys()
+        if unknown:
+            raise UnsupportedError(
+                f"size {expr} depends on {sorted(map(str, unknown))}, which is not the batch; "
+                "only the batch may vary"
+            )
+
+        def at(num_samples: int) -> int:
+            return int(expr.subs({s: n * num_samples for s, n in self.symbols.items()}))
+
+        one, two, seven = at(1), at(2), at(7)
+        slope, fixed = two - one, 2 * one - two
+        if seven != 7 * slope + fixed:
+            raise UnsupportedError(
+                f"size {expr} is not a fixed number of entries per sample; it cannot be cut"
+            )
+        return (slope, fixed)
+
+
+class _Writer:
+    """Writes one stage's GraphModule."""
+
+    def __init__(self, cutter: _Cutter, index: int, draft: _Draft) -> None:
+        self.cutter, self.index, self.draft = cutter, index, draft
+        self.graph = FxGraph()
+        self.copied: dict[Node, Node] = {}
+        self.sizes: list[tuple[int, int]] = []
+        self.size_nodes: dict[tuple[int, int], Node] = {}
+        self.inputs = cutter.inputs_of(draft)
+        self.parameters: list[str] = []
+        self.buffers: list[str] = []
+        self.regions: dict[str, GraphModule] = {}
+        self.has_dropout = False
+
+    def write(self, outputs: Sequence[Node], losses: Sequence[Node]) -> GraphModule:
+        """The stage as a module of its placeholders."""
+        cutter, order = self.cutter, self.cutter.position
+        inside = sorted(self.draft.inside, key=order.__getitem__)
+        self.key = self.graph.placeholder("dropout_key")
+        for size in self._size_list(inside, losses):
+            self._size_placeholder(size)
+        for node in self.inputs:
+            self.copied[node] = self.graph.placeholder(node.name)
+        self._weights()
+        for node in inside:
+            self._copy(node)
+        values = [self._value(node) for node in (*outputs, *losses)]
+        self.graph.output(tuple(values))
+        module = GraphModule(cutter.capture.program.graph_module, self.graph)
+        for name, region in self.regions.items():
+            setattr(module, name, region)
+        return module
+
+    def _size_list(self, inside: Sequence[Node], losses: Sequence[Node]) -> list[tuple[int, int]]:
+        found: dict[tuple[int, int], None] = {}
+        for node in inside:
+            for read in self.cutter._reads(node):
+                size = _size_value(read)
+                if size is not None:
+                    found[self.cutter.size(size)] = None
+            for operand in self.cutter._shape_operands(node):
+                for size in operand.meta["val"].shape:
+                    found[self.cutter.size(size)] = None
+        for node in losses:
+            size = _size_value(node)
+            if size is not None:
+                found[self.cutter.size(size)] = None
+        return [size for size in found if size[0]]
+
+    def _size_placeholder(self, size: tuple[int, int]) -> None:
+        self.size_nodes[size] = self.graph.placeholder(f"size_{len(self.sizes)}")
+        self.sizes.append(size)
+
+    def _size(self, size: Any) -> Node | int:
+        linear = self.cutter.size(size)
+        return self.size_nodes[linear] if linear[0] else linear[1]
+
+    def _value(self, node: Node) -> Any:
+        size = _size_value(node)
+        return self.copied[node] if size is None else self._size(size)
+
+    def _weights(self) -> None:
+        """Placeholders of parameters, then of buffers; a tied parameter has one."""
+        cutter = self.cutter
+        by_name: dict[str, Node] = {}
+        held = sorted(self.draft.placeholders - set(self.inputs), key=cutter.position.__getitem__)
+        for wanted, names in (("PARAMETER", self.parameters), ("", self.buffers)):
+            for node in held:
+                spec = cutter.specs[node]
+                if (spec.kind.name == "PARAMETER") != (wanted == "PARAMETER"):
+                    continue
+                name = str(spec.target).removeprefix("module.")
+                name = cutter.capture.canonical.get(name, name)
+                if name not in by_name:
+                    by_name[name] = self.graph.placeholder(node.name)
+                    names.append(name)
+                self.copied[node] = by_name[name]
+
+    def _copy(self, node: Node) -> None:
+        args, kwargs = self.cutter.arguments.get(node, (node.args, node.kwargs))
+        name = _aten_name(node)
+        if node.op == "get_attr":
+            self.copied[node] = self.graph.get_attr(str(node.target))
+            region = getattr(self.cutter.capture.program.graph_module, str(node.target), None)
+            if isinstance(region, GraphModule):
+                _refuse_random(region, self.cutter._where(node))
+                self.regions[str(node.target)] = region_on(region, self.cutter.device)
+            return
+        shape_only = self.cutter._shape_operands(node)
+        stand_ins = {n: self._stand_in(n) for n in shape_only if n not in self.copied}
+
+        def here(value: Node) -> Any:
+            return stand_ins[value] if value in stand_ins else self._value(value)
+
+        args, kwargs = pytree.tree_map_only(Node, here, (args, dict(kwargs)))
+        seeded = self._seeded(node, name, args, kwargs)
+        if seeded is not None:
+            self.copied[node] = seeded
+            return
+        target = _functional(node) or node.target
+        copied = self.graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
+        move_node(copied, self.cutter.device)
+        self.copied[node] = copied
+
+    def _stand_in(self, node: Node) -> Node:
+        """A tensor of a node's shape and dtype that holds one element."""
+        value: Tensor = node.meta["val"]
+        one = self.graph.call_function(
+            torch.ops.aten.empty.memory_format,
+            ([],),
+            {"dtype": value.dtype, "device": self.cutter.device},
+        )
+        sizes = [self._size(size) for size in value.shape]
+        return self.graph.call_function(torch.ops.aten.expand.default, (one, sizes))
+
+    def _seeded(self, node: Node, name: str, args: Any, kwargs: Any) -> Node | None:
+        number = seeded_dropout.operator_number(node.name)
+        if name in _DROPOUTS or name in _FEATURE_DROPOUTS:
+            if not (args[1] > 0 and args[2]):
+                return args[0]
+            function = (
+                seeded_dropout.dropout if name in _DROPOUTS else seeded_dropout.feature_dropout
+            )
+            axis = self._sample_axis(node.args[0])
+            self.has_dropout = True
+            return self.graph.call_function(function, (args[0], args[1], self.key, number, axis))
+        if name == "scaled_dot_product_attention":
+            full = dict(
+                zip(("q", "k", "v", "mask", "probability", "is_causal"), args, strict=False)
+            )
+            names = {"attn_mask": "mask", "dropout_p": "probability", "is_causal": "is_causal"}
+            full |= {names[key]: kwargs[key] for key in kwargs if key in names}
+            if not full.get("probability"):
+                return None
+            self.has_dropout = True
+            return self.graph.call_function(
+                seeded_dropout.attention,
+                (
+                    *(full[key] for key in ("q", "k", "v")),
+                    full.get("mask"),
+                    full["probability"],
+                    full.get("is_causal", False),
+                    kwargs.get("scale"),
+                    kwargs.get("enable_gqa", False),
+                    self.key,
+                    number,
+                    self._sample_axis(node.args[0]),
+                ),
+            )
+        return None
+
+    def _sample_axis(self, node: Any) -> int | None:
+        sizes = [self.cutter.size(size) for size in node.meta["val"].shape]
+        axes = [i for i, (slope, _) in enumerate(sizes) if slope]
+        return axes[0] if len(axes) == 1 and sizes[axes[0]][1] == 0 else None
+
+
+def _aten_name(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return getattr(schema, "name", str(node.target)).split("::")[-1]
+
+
+def _size_value(node: Node) -> Any:
+    """The symbolic or plain number that a node stands for; None for tensors and the like."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.SymInt | int) and node.op != "placeholder" else None
+
+
+def _refuse_random(region: GraphModule, where: str) -> None:
+    for node in region.graph.nodes:
+        name = _aten_name(node)
+        active = name in _DROPOUTS | _FEATURE_DROPOUTS and node.args[1] > 0 and node.args[2]  # type: ignore[operator]
+        if name in _RANDOM or active:
+            raise UnsupportedError(
+                f"{where} draws random numbers ({node.target}) inside a region of the program; "
+                "move the dropout out of the no-grad, autocast or checkpoint block"
+            )
+
+
+def _writes_first(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    first = schema.arguments[0].alias_info if schema and schema.arguments else None
+    return bool(first and first.is_write)
+
+
+def _functional(node: Node) -> Any:
+    """The operator that returns what this in-place one writes, or None where it writes nothing."""
+    if not _writes_first(node):
+        return None
+    packet = getattr(torch.ops.aten, _aten_name(node).removesuffix("_"), None)
+    overload = getattr(node.target, "_overloadname", "default")
+    found = getattr(packet, overload, None) if packet is not None else None
+    if found is None:
+        raise UnsupportedError(
+            f"node {node.name!r} writes in place ({node.target}) and has no form that does not; "
+            "use the out-of-place operator"
+        )
+    return found
+
+
+def _without_writes(nodes: Sequence[Node]) -> dict[Node, tuple[Any, Any]]:
+    """Arguments of every node once in-place operators return new tensors instead.
+
+    Later readers of a written tensor read the new one. A tensor that is written through a view, or
+    has views that are read later, cannot be treated so: UnsupportedError.
+    """
+    current: dict[Node, Node] = {}
+    found: dict[Node, tuple[Any, Any]] = {}
+    position = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
+
+        def now(value: Node) -> Node:
+            while value in current:
+                value = current[value]
+            return value
+
+        mapped = pytree.tree_map_only(Node, now, (node.args, dict(node.kwargs)))
+        found[node] = (mapped[0], mapped[1])
+        if node.op == "call_function" and _writes_first(node) and "_assert" not in str(node.target):
+            written = mapped[0][0]
+            if _is_view_of_other(written) or any(
+                _is_view_of_other(user) and any(position[u] > position[node] for u in user.users)
+                for user in written.users
+                if position[user] < position[node]
+            ):
+                raise UnsupportedError(
+                    f"node {node.name!r} ({node.target}) writes into a tensor that is a view or "
+                    "has views; use the out-of-place operator"
+                )
+            current[written] = node
+    return found
+
+
+def _is_view_of_other(node: Any) -> bool:
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.arguments or not schema.returns:
+        return False
+    first, result = schema.arguments[0].alias_info, schema.returns[0].alias_info
+    return bool(first and result and not first.is_write)
+
+
+def check_edges(cut: StageCut, plan: TrainPlan) -> None:
+    """Raise IntegrityError where a plan's edge with bytes carries no tensor of the program."""
+    for edge in plan.edges:
+        pair = (edge.source, edge.target)
+        if not edge.is_order_only and pair not in cut.edges:
+            raise IntegrityError(f"edge {pair[0]} -> {pair[1]} of the plan carries no tensor")

@@ -1,0 +1,95 @@
+"""A pipeline computes what one process computes: parameters after three steps, in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.train_plans import Case, Cut, chain_cut, plan_of_cut, random_parts, zoo_case
+from runtime.train_reference import train_plain
+from weft.plan.train_plan import TrainPlan
+from weft.runtime.batch_source import TensorSource
+from weft.runtime.loopback import LoopbackWorld
+from weft.runtime.stage_executor import ExecutorConfig, StepResult, TorchStageExecutor
+
+TOLERANCE = 1e-9
+MODELS = ("mmt", "case-study", "dlrm", "candle-uno", "unet", "gpt", "llama", "llava")
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    values = parameters.values() if isinstance(parameters, Mapping) else parameters
+    return torch.optim.AdamW(list(values), lr=1e-2)
+
+
+def run(
+    case: Case, plan: TrainPlan, num_steps: int = 3, **options: Any
+) -> tuple[TorchStageExecutor, list[StepResult]]:
+    """Train over loopback."""
+    executor = TorchStageExecutor(
+        plan=plan,
+        capture=case.capture,
+        module=case.model.module,
+        world=LoopbackWorld(len(plan.used_devices)),
+        source=TensorSource(case.capture, lambda step: case.batches[step]),
+        optimizer=adam,
+        config=ExecutorConfig(**options),
+    )
+    return executor, list(executor.steps(num_steps))
+
+
+def assert_equal(executor: TorchStageExecutor, module: nn.Module) -> None:
+    """Every rank holds the reference's values of its parameters, and all of them are held."""
+    wanted = dict(module.named_parameters())
+    held: set[str] = set()
+    for rank in executor.ranks:
+        for name, p in rank.parameters.items():
+            assert torch.allclose(p, wanted[name], rtol=0, atol=TOLERANCE), name
+            held.add(name)
+    assert held == set(wanted)
+
+
+def check(case: Case, plan: TrainPlan, **options: Any) -> TorchStageExecutor:
+    """Run and compare with one process."""
+    executor, results = run(case, plan, **options)
+    reference = train_plain(
+        case.model.module, case.model.loss, case.batches, adam, clip_norm=options.get("clip_norm")
+    )
+    assert [r.loss for r in results] == pytest.approx(reference.losses, abs=TOLERANCE)
+    if options.get("clip_norm"):
+        assert [r.grad_norm for r in results] == pytest.approx(reference.norms, abs=TOLERANCE)
+    assert_equal(executor, reference.module)
+    return executor
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_chain_equals_one_process(name: str) -> None:
+    case = zoo_case(name)
+    executor = check(case, plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3), 8))
+    # 1F1B on a chain of three holds 3, 2 and 1 micro-batches, of 4.
+    assert [dict(r.peak_in_flight) for r in executor.ranks] == [{0: 3}, {1: 2}, {2: 1}]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_stage_graph_equals_one_process(name: str, seed: int) -> None:
+    case = zoo_case(name, seed=seed)
+    rng = random.Random(f"{name}{seed}")
+    parts = random_parts(case.capture.graph, 4, rng)
+    check(case, plan_of_cut(case.capture.graph, cut_at_random(parts, rng), 8))
+
+
+def cut_at_random(parts: Sequence[tuple[int, ...]], rng: random.Random) -> Cut:
+    """Micro-batch sizes, degrees, group sizes and recomputation that divide a batch of 8."""
+    sizes = [rng.choice((2, 2, 4)) for _ in parts]
+    return Cut(
+        parts=tuple(parts),
+        micro_batch=tuple(sizes),
+        dp=tuple(rng.choice((1, 1, 2)) for _ in parts),
+        k=tuple(rng.choice((1, 1, 2)) for _ in parts),
+        recompute=tuple(rng.random() < 0.3 for _ in parts),
+    )
