@@ -6,11 +6,15 @@ Shape legend: T tokens of an iteration, M rows that need logits, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from weft.graph.adapter_spec import Module
+from weft.graph.layer_graph import LAYER_INPUT
+from weft.model.adapters.bypass import BypassedLayer, Linear
 from weft.model.config import ModelConfig
-from weft.model.forward_step import ForwardStep, KvLayer, RopeRows
+from weft.model.forward_step import ForwardStep, KvLayer, RopeRows, Taps
 from weft.model.kernels.interface import AttentionShape, HeadNorms, Kernels
 from weft.model.rope import RopeTable
 from weft.model.weights import DecoderWeights, LayerWeights
@@ -40,11 +44,12 @@ class Decoder:
         """`layer_groups` holds the cache group of each layer."""
         self.config = config
         self.weights = weights
-        self._kernels = kernels
+        self.kernels = kernels
         self._rope = rope
         self._groups = tuple(layer_groups)
         self._eps = config.rms_norm_eps
         self._norms = tuple(_head_norms(layer) for layer in weights.layers)
+        self._linears = _Linears.of(config)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [T] to hidden states [T, hidden]."""
@@ -56,26 +61,33 @@ class Decoder:
         step: ForwardStep,
         kv: Sequence[KvLayer],
         layers: range | None = None,
+        *,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Pass hidden states [T, hidden] through `layers` (default: all of them).
 
         `kv` holds the cache of every layer of the model. The keys and values of the iteration's
-        tokens are written on the way.
+        tokens are written on the way. Whatever `step.bypass` and `taps` ask for, each linear of
+        the model is called once.
         """
         rope = RopeRows(cos=self._rope.cos[step.positions], sin=self._rope.sin[step.positions])
         for index in range(len(self._norms)) if layers is None else layers:
-            hidden = self._layer(index, hidden, rope, kv[index], step)
+            if step.bypass is None and taps is None:
+                hidden = self._layer(index, hidden, rope, kv[index], step)
+            else:
+                layer = BypassedLayer(index, step, taps)
+                hidden = self._bypassed_layer(index, hidden, rope, kv[index], step, layer)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [M, hidden] behind the last layer to logits [M, V]."""
-        normed = self._kernels.rms_norm(hidden, self.weights.final_norm, self._eps)
+        normed = self.kernels.rms_norm(hidden, self.weights.final_norm, self._eps)
         return self.weights.lm_head.forward(normed)
 
     def _layer(
         self, index: int, hidden: Tensor, rope: RopeRows, kv: KvLayer, step: ForwardStep
     ) -> Tensor:
-        weights, kernels = self.weights.layers[index], self._kernels
+        weights, kernels = self.weights.layers[index], self.kernels
         normed = kernels.rms_norm(hidden, weights.input_norm, self._eps)
         mixed = kernels.attention(
             weights.qkv.forward(normed),
@@ -88,6 +100,65 @@ class Decoder:
         hidden = weights.output.forward_add(mixed, hidden)
         normed = kernels.rms_norm(hidden, weights.post_attention_norm, self._eps)
         return weights.down.forward_add(weights.gate_up.forward_silu_mul(normed), hidden)
+
+    def _bypassed_layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        rope: RopeRows,
+        kv: KvLayer,
+        step: ForwardStep,
+        layer: BypassedLayer,
+    ) -> Tensor:
+        """`_layer` with adapters beside the linears, and tensors shown to taps."""
+        weights, kernels, linears = self.weights.layers[index], self.kernels, self._linears
+        layer.keep(LAYER_INPUT, hidden)
+        normed = kernels.rms_norm(hidden, weights.input_norm, self._eps)
+        layer.keep("attn_normed", normed)
+        mixed = kernels.attention(
+            layer.linears(linears.qkv, weights.qkv, normed),
+            self._norms[index],
+            rope,
+            kv,
+            step,
+            step.groups[self._groups[index]],
+        )
+        layer.keep("attn_out", mixed)
+        hidden = layer.end(linears.output, Module.SELF_ATTN, weights.output, mixed, hidden)
+        layer.keep("mlp_input", hidden)
+        normed = kernels.rms_norm(hidden, weights.post_attention_norm, self._eps)
+        layer.keep("mlp_normed", normed)
+        active = layer.silu_mul(linears.gate_up, weights.gate_up, normed)
+        layer.keep("act", active)
+        return layer.end(linears.down, Module.MLP, weights.down, active, hidden)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Linears:
+    """What the stacked weights of a layer hold."""
+
+    qkv: tuple[Linear, ...]
+    output: Linear
+    gate_up: tuple[Linear, ...]
+    down: Linear
+
+    @staticmethod
+    def of(config: ModelConfig) -> _Linears:
+        state = "raw" if config.qk_norm else "flat"
+        query, kv, ffn = config.query_size, config.kv_size, config.intermediate_size
+        return _Linears(
+            qkv=(
+                Linear(module=Module.Q_PROJ, name=f"query_{state}", width=query),
+                Linear(module=Module.K_PROJ, name=f"key_{state}", width=kv),
+                Linear(module=Module.V_PROJ, name="values", width=kv),
+            ),
+            output=Linear(module=Module.O_PROJ, name="attn_sub", width=config.hidden_size),
+            gate_up=(
+                Linear(module=Module.GATE_PROJ, name="gate", width=ffn),
+                Linear(module=Module.UP_PROJ, name="up", width=ffn),
+            ),
+            down=Linear(module=Module.DOWN_PROJ, name="mlp_sub", width=config.hidden_size),
+        )
 
 
 def _head_norms(layer: LayerWeights) -> HeadNorms | None:

@@ -6,9 +6,14 @@ arena, B tokens of a page, L layers of a cache group.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
+
+from weft.model.adapters.weights import AdapterWeights
+from weft.model.finetune.dropout import DropoutKey
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +46,48 @@ class GroupStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BypassGroup:
+    """Tokens of the iteration that pass through one adapter."""
+
+    rows: slice | Tensor
+    """A range of tokens (begin and end given), or their numbers [n] int64."""
+    adapter: AdapterWeights
+    dropout: DropoutKey | None = None
+    """Masks of a LoRA's input, for a sample in training; None drops nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BypassStep:
+    """Which tokens pass through which adapters; no token is in two groups."""
+
+    groups: tuple[BypassGroup, ...]
+
+
+class Taps(Protocol):
+    """Takes tensors of the layers for some of the tokens: what a backward pass will read.
+
+    Names are those of `weft.graph.layer_graph`, without `query` and `keys`, which only the
+    attention kernels see: `query_raw` or `query_flat`, and the pages, lead to them.
+    """
+
+    @property
+    def rows(self) -> slice:
+        """Tokens of the iteration, as a range; nothing is kept of the others."""
+        ...
+
+    def wants(self, layer: int) -> Collection[str]:
+        """Names that it takes of a layer; the same all through a pass."""
+        ...
+
+    def keep(self, layer: int, name: str, rows: slice, value: Tensor) -> None:
+        """Take a tensor [end - begin, width] of the tokens `rows` of the iteration.
+
+        It may be overwritten as soon as this returns: copy it.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardStep:
     """The tokens of one iteration and their geometry. Single-token rows come first."""
 
@@ -56,6 +103,8 @@ class ForwardStep:
     """The largest prefix_lens among them."""
     chunks: tuple[ChunkRow, ...]
     groups: tuple[GroupStep, ...]
+    bypass: BypassStep | None = None
+    """None where all tokens see the bare model."""
 
     @property
     def num_tokens(self) -> int:

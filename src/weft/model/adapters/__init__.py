@@ -1,0 +1,1 @@
+"""Adapters: their weights, their files, and applying them beside the frozen model."""

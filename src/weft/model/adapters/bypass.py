@@ -1,0 +1,205 @@
+"""Applies adapters beside the linears of a layer, each of which runs once over all tokens.
+
+LoRA: y += s · B A x. (IA)³: y = l ⊙ W x, or y = W (l ⊙ x). A bottleneck behind a sub-layer:
+y += U f(D y + d) + u (Houlsby et al., arXiv 1902.00751; He et al., arXiv 2110.04366).
+
+Shape legend: T tokens of the iteration, n tokens of a group, K in_features, N out_features, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.graph.adapter_spec import Module
+from weft.graph.layer_graph import bypass_raw, low_rank
+from weft.model.adapters.weights import Bypass
+from weft.model.finetune.dropout import dropout_scale
+from weft.model.finetune.primitives import activation
+from weft.model.forward_step import BypassGroup, ForwardStep, Taps
+from weft.model.linear import LinearWeight
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """One of the linears that a stacked weight [N1 + N2 + .., K] holds."""
+
+    module: Module
+    name: str
+    """Its output's name for taps, behind its bypass; empty where taps do not see it."""
+    width: int
+    """Its out_features."""
+
+
+class BypassedLayer:
+    """One layer of one iteration whose tokens may have adapters or be tapped."""
+
+    def __init__(self, layer: int, step: ForwardStep, taps: Taps | None) -> None:
+        self._layer = layer
+        self._step = step
+        self._taps = taps
+        self._wanted: Collection[str] = _NOTHING if taps is None else taps.wants(layer)
+        groups = () if step.bypass is None else step.bypass.groups
+        self._groups = tuple(group for group in groups if group.adapter.layers[layer])
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Show taps a tensor [T, width], if they want it."""
+        if self._taps is not None and name in self._wanted:
+            rows = self._taps.rows
+            self._taps.keep(self._layer, name, rows, value[rows])
+
+    def linears(self, parts: Sequence[Linear], weight: LinearWeight, x: Tensor) -> Tensor:
+        """x [T, K] through linears that share it, bypasses added: [T, N1 + N2 + ..]."""
+        outputs = self._forward(parts, weight, x)
+        self._add_low_rank(parts, x, outputs)
+        begin = 0
+        for part in parts:
+            self.keep(part.name, outputs[:, begin : begin + part.width])
+            begin += part.width
+        return outputs
+
+    def silu_mul(self, parts: Sequence[Linear], weight: LinearWeight, x: Tensor) -> Tensor:
+        """silu(gate(x)) · up(x) [T, N]; x [T, K]."""
+        if not self._concerns(parts):
+            return weight.forward_silu_mul(x)
+        gate, up = self.linears(parts, weight, x).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    def end(
+        self, part: Linear, sub_layer: Module, weight: LinearWeight, x: Tensor, residual: Tensor
+    ) -> Tensor:
+        """A sub-layer's last linear, its bottlenecks, and the residual stream [T, N] added."""
+        bottlenecks = tuple(self._bypasses(sub_layer))
+        is_fused = not (
+            bottlenecks
+            or part.name in self._wanted
+            or bypass_raw(part.module) in self._wanted
+            or any(_scales_output(bypass) for _, bypass in self._bypasses(part.module))
+        )
+        if is_fused:
+            x_scaled, _ = self._scale_inputs((part,), x)
+            outputs = weight.forward_add(x_scaled, residual)
+            self._add_low_rank((part,), x, outputs)
+            return outputs
+        outputs = self._forward((part,), weight, x)
+        self._add_low_rank((part,), x, outputs)
+        self.keep(bypass_raw(sub_layer), outputs)
+        for group, bypass in bottlenecks:
+            self._add_bottleneck(group, bypass, outputs)
+        self.keep(part.name, outputs)
+        return outputs.add_(residual)
+
+    # ---- pieces ----
+
+    def _bypasses(self, module: Module) -> Iterator[tuple[BypassGroup, Bypass]]:
+        for group in self._groups:
+            bypass = group.adapter.layers[self._layer].get(module)
+            if bypass is not None:
+                yield group, bypass
+
+    def _concerns(self, parts: Sequence[Linear]) -> bool:
+        """Whether outputs of the parts are changed or shown."""
+        return any(
+            part.name in self._wanted
+            or bypass_raw(part.module) in self._wanted
+            or any(True for _ in self._bypasses(part.module))
+            for part in parts
+        )
+
+    def _forward(self, parts: Sequence[Linear], weight: LinearWeight, x: Tensor) -> Tensor:
+        """The one call of a base weight, with what (IA)³ does before and behind it."""
+        num_tokens = x.shape[0]
+        x, extra = self._scale_inputs(parts, x)
+        outputs = weight.forward(x)
+        begin = 0
+        for index, part in enumerate(parts):
+            view = outputs[:num_tokens, begin : begin + part.width]
+            for rows, first, last in extra.get(index, ()):
+                view[rows] = outputs[first:last, begin : begin + part.width]
+            self.keep(bypass_raw(part.module), view)
+            for group, bypass in self._bypasses(part.module):
+                if _scales_output(bypass):
+                    view[group.rows] *= bypass.weights["l"]
+            begin += part.width
+        return outputs[:num_tokens]
+
+    def _scale_inputs(
+        self, parts: Sequence[Linear], x: Tensor
+    ) -> tuple[Tensor, dict[int, list[tuple[slice | Tensor, int, int]]]]:
+        """What the base weight is applied to where (IA)³ scales inputs.
+
+        A linear on its own sees the scaled rows in place of the plain ones. Of stacked linears the
+        others must see the plain rows, so scaled copies are appended; returns, by part, which rows
+        of the output they replace, and where they begin and end.
+        """
+        copies: list[Tensor] = []
+        replaced: dict[int, list[tuple[slice | Tensor, int, int]]] = {}
+        end, plain = x.shape[0], x
+        for index, part in enumerate(parts):
+            for group, bypass in self._bypasses(part.module):
+                if not bypass.target.scales_input:
+                    continue
+                scaled = plain[group.rows] * bypass.weights["l"]
+                self._keep_of(group, f"scaled:{part.module}", scaled)
+                if len(parts) == 1:
+                    x = plain.clone() if x is plain else x
+                    x[group.rows] = scaled
+                    continue
+                begin, end = end, end + scaled.shape[0]
+                copies.append(scaled)
+                replaced.setdefault(index, []).append((group.rows, begin, end))
+        return (torch.cat([x, *copies]) if copies else x), replaced
+
+    def _add_low_rank(self, parts: Sequence[Linear], x: Tensor, outputs: Tensor) -> None:
+        begin = 0
+        for part in parts:
+            view = outputs[:, begin : begin + part.width]
+            for group, bypass in self._bypasses(part.module):
+                if "A" in bypass.weights:
+                    self._add_lora(group, bypass, x, view)
+            begin += part.width
+
+    def _add_lora(self, group: BypassGroup, bypass: Bypass, x: Tensor, outputs: Tensor) -> None:
+        rows, target = group.rows, bypass.target
+        source = x[rows]
+        if group.dropout is not None:
+            source = source * dropout_scale(
+                group.dropout,
+                layer=target.layer,
+                module=target.module,
+                positions=self._step.positions[rows],
+                num_features=target.in_features,
+                dtype=source.dtype,
+            )
+        inner = source @ bypass.weights["A"].t()
+        self._keep_of(group, low_rank(target.module), inner)
+        up = bypass.weights["B"].t()
+        if isinstance(rows, slice):
+            outputs[rows].addmm_(inner, up, alpha=target.scale)
+        else:
+            outputs[rows] += (inner @ up).mul_(target.scale)
+
+    def _add_bottleneck(self, group: BypassGroup, bypass: Bypass, outputs: Tensor) -> None:
+        source, weights = outputs[group.rows], bypass.weights
+        inner = torch.addmm(weights["down_bias"], source, weights["down"].t())
+        self._keep_of(group, low_rank(bypass.target.module), inner)
+        active = activation(bypass.activation, inner)
+        self._keep_of(group, f"active:{bypass.target.module}", active)
+        outputs[group.rows] += torch.addmm(weights["up_bias"], active, weights["up"].t())
+
+    def _keep_of(self, group: BypassGroup, name: str, value: Tensor) -> None:
+        """Show taps a tensor [n, width] of a group whose tokens are theirs."""
+        taps, rows = self._taps, group.rows
+        if taps is None or name not in self._wanted or not isinstance(rows, slice):
+            return
+        if taps.rows.start <= rows.start and rows.stop <= taps.rows.stop:
+            taps.keep(self._layer, name, rows, value)
+
+
+def _scales_output(bypass: Bypass) -> bool:
+    return "l" in bypass.weights and not bypass.target.scales_input
