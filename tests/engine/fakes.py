@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
+from engine.finetune_fakes import FinetuneChecker
 from weft.engine.batch import (
     NULL_PAGE,
     UNKNOWN_TOKEN,
@@ -34,19 +36,26 @@ def make_info(
     page_multiples: tuple[int, ...] = (1,),
     max_num_seqs: int = 8,
     vocab_size: int = 97,
+    max_finetune_samples: int = 0,
+    layers_per_group: int = 1,
 ) -> ExecutorInfo:
     """An executor's numbers, by default one group without a window."""
     groups = tuple(
-        CacheGroup(layers=(g,), page_tokens=page_tokens * multiple, window=window)
+        CacheGroup(
+            layers=tuple(range(g * layers_per_group, (g + 1) * layers_per_group)),
+            page_tokens=page_tokens * multiple,
+            window=window,
+        )
         for g, (window, multiple) in enumerate(zip(windows, page_multiples, strict=True))
     )
     return ExecutorInfo(
         num_pages=num_pages,
         page_bytes=1024,
         groups=groups,
-        num_layers=len(groups),
+        num_layers=len(groups) * layers_per_group,
         vocab_size=vocab_size,
         max_num_seqs=max_num_seqs,
+        max_finetune_samples=max_finetune_samples,
     )
 
 
@@ -70,6 +79,7 @@ class MemoryExecutor:
         self._starts = {}
         self._results: deque[StepResult] = deque()
         self._num_unseen = 0
+        self.finetune = FinetuneChecker(info)
 
     def submit(self, batch: Batch) -> None:
         assert len(self._results) < self.max_in_flight
@@ -86,6 +96,8 @@ class MemoryExecutor:
         tokens = batch.token_ids.copy()
         for row in range(batch.num_rows):
             begin, end = batch.row_starts[row], batch.row_starts[row + 1]
+            if begin == end:
+                continue
             if tokens[end - 1] == UNKNOWN_TOKEN:
                 tokens[end - 1] = self._last[int(batch.slots[row])]
             assert (tokens[begin:end] >= 0).all()
@@ -98,7 +110,10 @@ class MemoryExecutor:
             ):
                 assert slot // self.info.groups[g].page_tokens != NULL_PAGE
                 self._cells[g][slot] = (token, position)
-        self._results.append(self._result(batch, tokens))
+        outcome = None
+        if batch.finetune is not None:
+            outcome = self.finetune.take(batch, lambda row, end: self._row_cells(batch, row, end))
+        self._results.append(replace(self._result(batch, tokens), finetune=outcome))
 
     def collect(self) -> StepResult:
         if self.fails_next_collect:
@@ -116,6 +131,20 @@ class MemoryExecutor:
 
     def close(self) -> None:
         self._results.clear()
+
+    def _row_cells(self, batch: Batch, row: int, end: int) -> list[list[int]]:
+        """For each group, the tokens [0, end) that a row's pages hold."""
+        found: list[list[int]] = []
+        for g, group in enumerate(self.info.groups):
+            view: list[int] = []
+            for position in range(end):
+                page = int(batch.page_tables[g][row, position // group.page_tokens])
+                assert page != NULL_PAGE, f"position {position} has no page in group {g}"
+                token, at = self._cells[g][page * group.page_tokens + position % group.page_tokens]
+                assert at == position, f"position {position} reads a cell of position {at}"
+                view.append(token)
+            found.append(view)
+        return found
 
     def _visible(self, batch: Batch, row: int, index: int) -> list[int]:
         """The tokens that token `index` of the batch sees in its row's pages."""

@@ -18,12 +18,13 @@ from weft.cost.step_time import IterationShape
 from weft.engine.batch import Batch, CacheGroup, ExecutorInfo, StepResult
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
+from weft.engine.iteration_shape import iteration_shape
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
 from weft.runtime import serve_profiler
 from weft.runtime.serve_profiler import ProfileConfig, profile_serving
 from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, decodes, default_sweep
-from weft.sim.batch_executor import SimulatedBatchExecutor, iteration_shape
+from weft.sim.batch_executor import SimulatedBatchExecutor
 from weft.sim.serving_setup import setup_from_profile
 from weft.sim.workload import synthetic
 

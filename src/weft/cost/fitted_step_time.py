@@ -26,7 +26,21 @@ from weft.cost.step_time import IterationShape
 
 FORMAT = "weft-step-time"
 VERSION = 1
-_LINEAR_TERMS = ("num_sampled_rows", "num_prefill_rows", "prefill_context_tokens", "prefill_pairs")
+_LINEAR_TERMS = (
+    "num_sampled_rows",
+    "num_prefill_rows",
+    "prefill_context_tokens",
+    "prefill_pairs",
+    "num_ft_rows",
+    "num_ft_tokens",
+    "ft_context_tokens",
+    "ft_pairs",
+    "num_ft_loss_tokens",
+    "num_ft_layer_rows",
+    "num_ft_token_layers",
+    "ft_pair_layers",
+    "num_ft_steps",
+)
 _CURVE_TERMS = {
     "num_tokens": 1.9,
     "num_decode_rows": 1.25,
@@ -200,7 +214,7 @@ class StepTimeProfile:
 
     def device_s(self, shape: IterationShape) -> float:
         """Seconds that the executor is busy; 0 for an empty iteration."""
-        return self.device_fit.seconds(shape) if shape.num_tokens else 0.0
+        return 0.0 if shape.is_empty else self.device_fit.seconds(shape)
 
     def host_s(self, shape: IterationShape) -> float:
         """Seconds of the policy; 0 where it was not measured."""

@@ -5,7 +5,7 @@ The fitted twin, which prices by measured points, is in `fitted_step_time`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from weft.base.errors import ConfigError, OutOfMemoryError
@@ -14,6 +14,9 @@ from weft.cost.shapes import ModelShape, dtype_bytes
 
 _LINEARS_PER_LAYER = 4
 """qkv, o, gate-up, down: the kernels that share a layer's arithmetic."""
+_BACKWARD_FLOPS_PER_PAIR = 10
+"""Scores again, then the gradients of values, probabilities, queries and keys: 2 FLOP each."""
+_BACKWARD_LAUNCHES_PER_LAYER = 24
 _LAUNCHES_PER_LAYER = 8
 """Those, two norms with their residuals, rotary embedding with the cache write, attention."""
 
@@ -37,11 +40,50 @@ class IterationShape:
     """Sum over prefill rows of the context of their last token: keys and values read."""
     prefill_pairs: float = 0.0
     """Sum over prefill tokens of the context: query-key pairs, the arithmetic of attention."""
+    num_ft_rows: int = 0
+    """Finetuning rows that go forward."""
+    num_ft_tokens: int = 0
+    """Finetuning tokens that go forward, in the same linears as all others."""
+    ft_context_tokens: float = 0.0
+    """As `prefill_context_tokens`, for them."""
+    ft_pairs: float = 0.0
+    """As `prefill_pairs`, for them."""
+    num_ft_loss_tokens: int = 0
+    """Those whose loss and its gradient are computed: output projection, there and back."""
+    num_ft_layer_rows: int = 0
+    """Layers that backward rows pass, one count a row and layer: weights read again."""
+    num_ft_token_layers: int = 0
+    """Tokens times layers of backward rows."""
+    ft_pair_layers: float = 0.0
+    """Query-key pairs of backward rows, summed over their layers."""
+    num_ft_steps: int = 0
+    """Optimizer steps."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that pass the layers' linears."""
-        return self.num_decode_rows + self.num_prefill_tokens
+        """Tokens that pass the layers' linears forward."""
+        return self.num_decode_rows + self.num_prefill_tokens + self.num_ft_tokens
+
+    @property
+    def has_finetuning(self) -> bool:
+        """Whether anything of a job is in it."""
+        return bool(self.num_ft_tokens or self.num_ft_layer_rows or self.num_ft_steps)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it carries nothing."""
+        return not (self.num_tokens or self.num_ft_layer_rows or self.num_ft_steps)
+
+    def without_finetuning(self) -> IterationShape:
+        """What is left of it for inference."""
+        return replace(self, **_NO_FINETUNING)
+
+
+_NO_FINETUNING = {
+    field.name: field.default
+    for field in fields(IterationShape)
+    if field.name.removeprefix("num_").startswith("ft_")
+}
 
 
 class StepTimeModel(Protocol):
@@ -92,27 +134,57 @@ class RooflineStepTime:
             raise ConfigError(f"host_overhead_s is {self.host_overhead_s}; it must be >= 0")
 
     def device_s(self, shape: IterationShape) -> float:
-        """Seconds of the iteration; 0 for an empty one."""
-        if shape.num_tokens == 0:
+        """Seconds of the iteration; 0 for an empty one.
+
+        Backward is priced as one pass of the frozen linears for the gradient of their inputs, and
+        attention as its scores again and four products; adapters, the optimizer and what the chosen
+        rematerialization recomputes beyond cheap operators are left out.
+        """
+        if shape.is_empty:
             return 0.0
         model, element = self.shape, dtype_bytes(self.dtype)
         linear, head = model.num_linear_params, model.num_head_params
         kv_bytes = model.kv_bytes_per_token(self.dtype)
         pair_flops = 4 * model.num_layers * model.num_heads * model.head_dim
-        work_s = self._roof(
-            2 * linear * shape.num_tokens, linear * element, model.num_layers * _LINEARS_PER_LAYER
-        )
+        work_s = 0.0
+        if shape.num_tokens:
+            kernels = model.num_layers * _LINEARS_PER_LAYER
+            work_s += self._roof(2 * linear * shape.num_tokens, linear * element, kernels)
         if shape.num_sampled_rows:
             work_s += self._roof(2 * head * shape.num_sampled_rows, head * element, 1)
         for pairs, context in (
             (shape.decode_context_tokens, shape.decode_context_tokens),
             (shape.prefill_pairs, shape.prefill_context_tokens),
+            (shape.ft_pairs, shape.ft_context_tokens),
         ):
             work_s += self._roof(pair_flops * pairs, kv_bytes * context, model.num_layers)
-        if shape.num_prefill_tokens:
+        if shape.num_ft_loss_tokens:
+            # Logits, then the gradient of the hidden states.
+            work_s += 2 * self._roof(2 * head * shape.num_ft_loss_tokens, head * element, 1)
+        if shape.num_ft_layer_rows:
+            work_s += self._backward_s(shape)
+        if shape.num_prefill_tokens or shape.num_ft_tokens:
             launches = model.num_layers * _LAUNCHES_PER_LAYER
             work_s = max(work_s, launches * self.device_type.launch_s)
         return work_s + self._all_reduces_s(shape.num_tokens)
+
+    def _backward_s(self, shape: IterationShape) -> float:
+        model, element = self.shape, dtype_bytes(self.dtype)
+        layer_params = model.num_linear_params / model.num_layers
+        num_layers = shape.num_ft_layer_rows
+        linears_s = self._roof(
+            2 * layer_params * shape.num_ft_token_layers,
+            layer_params * element * num_layers,
+            num_layers * _LINEARS_PER_LAYER,
+        )
+        kv_bytes = model.kv_bytes_per_token(self.dtype) / model.num_layers
+        attention_s = self._roof(
+            _BACKWARD_FLOPS_PER_PAIR * model.num_heads * model.head_dim * shape.ft_pair_layers,
+            kv_bytes * shape.num_ft_token_layers,
+            num_layers,
+        )
+        launches_s = num_layers * _BACKWARD_LAUNCHES_PER_LAYER * self.device_type.launch_s
+        return max(linears_s + attention_s, launches_s)
 
     def host_s(self, shape: IterationShape) -> float:
         """The constant given."""

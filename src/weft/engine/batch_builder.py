@@ -19,6 +19,7 @@ from weft.engine.batch import (
     SegmentKind,
     SequenceStart,
 )
+from weft.engine.finetune_part import FinetunePart
 from weft.engine.kv_cache import KvCache
 from weft.engine.sequence import Sequence
 
@@ -66,12 +67,26 @@ def build_batch(
     info: ExecutorInfo,
     starts: Seq[SequenceStart],
     freed_slots: Seq[int],
+    finetune: FinetunePart | None = None,
 ) -> Batch:
-    """Lay out `spans`, of which the first `num_decodes` carry one token each, as one batch."""
-    num_rows = len(spans)
-    slots = np.fromiter((span.sequence.slot for span in spans), np.int32, num_rows)
-    begins = np.fromiter((span.begin for span in spans), np.int32, num_rows)
-    counts = np.fromiter((span.count for span in spans), np.int32, num_rows)
+    """Lay out `spans`, of which the first `num_decodes` carry one token each, as one batch.
+
+    Finetuning rows follow; a batch of finetuning commands alone has no rows.
+    """
+    num_spans = len(spans)
+    slots = np.fromiter((span.sequence.slot for span in spans), np.int32, num_spans)
+    begins = np.fromiter((span.begin for span in spans), np.int32, num_spans)
+    counts = np.fromiter((span.count for span in spans), np.int32, num_spans)
+    longest = int((begins + counts).max()) if num_spans else 0
+    num_rows, num_forward = num_spans, 0
+    if finetune is not None:
+        added = _finetune_columns(finetune)
+        slots, begins, counts = (
+            np.concatenate([mine, theirs])
+            for mine, theirs in zip((slots, begins, counts), added[:3], strict=True)
+        )
+        num_rows, num_forward = len(slots), len(finetune.forward)
+        longest = max(longest, int(added[3].max(initial=0)))
     row_starts = np.zeros(num_rows + 1, np.int32)
     np.cumsum(counts, out=row_starts[1:])
     rows = np.repeat(np.arange(num_rows, dtype=np.int32), counts)
@@ -79,7 +94,6 @@ def build_batch(
 
     tables: list[Int32] = []
     write_slots: list[Int64] = []
-    longest = int((begins + counts).max())
     for group, table in zip(info.groups, kv.tables, strict=True):
         pages = table[slots, : -(-longest // group.page_tokens)]
         index, offset = np.divmod(positions, group.page_tokens)
@@ -91,6 +105,14 @@ def build_batch(
     layers = np.zeros((num_rows, 2), np.int16)
     layers[:, 1] = info.num_layers
     adapters, adapter_refs = _adapters(spans)
+    token_ids = _span_tokens(spans, num_decodes)
+    if finetune is not None:
+        kinds[num_spans:] = SegmentKind.FT_FORWARD
+        kinds[num_spans + num_forward :] = SegmentKind.FT_BACKWARD
+        for row, backward in enumerate(finetune.backward, start=num_spans + num_forward):
+            layers[row] = backward.span.first_layer, backward.span.end_layer
+        adapters = np.concatenate([adapters, np.full(num_rows - num_spans, -1, np.int32)])
+        token_ids = np.concatenate([token_ids, finetune.tokens()])
     return Batch(
         batch_id=batch_id,
         kinds=kinds,
@@ -99,7 +121,7 @@ def build_batch(
         layers=layers,
         adapters=adapters,
         models=np.zeros(num_rows, np.uint8),
-        token_ids=_span_tokens(spans, num_decodes),
+        token_ids=token_ids,
         positions=positions,
         prefix_lens=positions + np.int32(1),
         page_tables=tuple(tables),
@@ -110,7 +132,16 @@ def build_batch(
         adapter_refs=adapter_refs,
         starts=tuple(starts),
         freed_slots=np.array(freed_slots, np.int32),
+        finetune=None if finetune is None else finetune.work(num_spans),
     )
+
+
+def _finetune_columns(part: FinetunePart) -> tuple[Int32, Int32, Int32, Int32]:
+    """Slots, first positions, tokens and last positions of the finetuning rows."""
+    rows = [(row.sample.slot, row.begin, row.end - row.begin, row.end) for row in part.forward]
+    rows += [(row.sample.slot, row.span.begin, 0, row.span.end) for row in part.backward]
+    columns = np.array(rows, np.int32).reshape(len(rows), 4).T
+    return columns[0], columns[1], columns[2], columns[3]
 
 
 def _rows_where(

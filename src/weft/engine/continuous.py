@@ -18,6 +18,7 @@ from weft.engine.admission import Admission
 from weft.engine.batch import Batch, ExecutorInfo, SequenceStart, StepResult
 from weft.engine.batch_builder import Span, build_batch
 from weft.engine.config import PolicyConfig
+from weft.engine.finetune_part import FinetunePart
 from weft.engine.kv_cache import KvCache, PrefixMatch
 from weft.engine.request import EngineStats, FinishReason, Request, SequenceUpdate
 from weft.engine.results import prompt_logprobs, token_logprobs
@@ -48,7 +49,7 @@ class ContinuousBatching:
         self.kv = KvCache(
             groups=info.groups,
             num_pages=info.num_pages,
-            max_slots=info.max_num_seqs,
+            max_slots=info.max_num_seqs + info.max_finetune_samples,
             max_len=config.max_model_len,
         )
         self._check_pages()
@@ -92,6 +93,11 @@ class ContinuousBatching:
             QueueFullError: `max_waiting` requests are waiting already.
         """
         sequences = self._admission.sequences(request, self._by_request, self._num_waiting)
+        now_s = self._clock.now_s()
+        # A caller that does not say when its request came gets the present instant.
+        arrived_s = min(request.arrival_s, now_s) or now_s
+        for sequence in sequences:
+            sequence.arrived_s = arrived_s
         self._by_request[request.id] = sequences
         self._enqueue(sequences[0])
 
@@ -126,17 +132,31 @@ class ContinuousBatching:
 
     def schedule(self) -> Batch | None:
         """The next batch, or None if nothing can run before a result is applied."""
+        spans, num_decodes = self._take_inference(self.config.max_num_batched_tokens)
+        if not spans:
+            self._check_not_stuck()
+        return self._emit(spans, num_decodes, None)
+
+    def _check_not_stuck(self) -> None:
+        if self._num_waiting and not self._running and not self._in_flight:
+            raise IntegrityError(f"{self._num_waiting} requests wait and can never start")
+
+    def _take_inference(self, budget: int) -> tuple[list[Span], int]:
+        """The inference rows of an iteration of at most `budget` tokens; how many are decodes."""
         spans: list[Span] = []
-        budget = self.config.max_num_batched_tokens
         num_preempted = self._counters["num_preemptions"]
         budget = self._schedule_decodes(spans, budget)
         num_decodes = len(spans)
         budget = self._schedule_chunks(spans, budget)
         if self._counters["num_preemptions"] == num_preempted:
             self._admit(spans, budget)
-        if not spans:
-            if self._num_waiting and not self._running and not self._in_flight:
-                raise IntegrityError(f"{self._num_waiting} requests wait and can never start")
+        return spans, num_decodes
+
+    def _emit(
+        self, spans: list[Span], num_decodes: int, finetune: FinetunePart | None
+    ) -> Batch | None:
+        """Put an iteration in flight; None if it would hold nothing."""
+        if not spans and finetune is None:
             return None
         batch = build_batch(
             self._num_batches,
@@ -146,6 +166,7 @@ class ContinuousBatching:
             info=self.info,
             starts=self._starts,
             freed_slots=self._freed_slots,
+            finetune=finetune,
         )
         self._num_batches += 1
         self._starts = []
@@ -295,7 +316,7 @@ class ContinuousBatching:
             for other in self._running
             if len(other.tokens) - other.num_computed > 1
         )
-        reserve = promised + self._reserve if self._running else 0
+        reserve = promised + self._reserve + self._num_promised_elsewhere if self._running else 0
         return needed + reserve <= self.kv.pool.num_available
 
     def _enter(self, sequence: Sequence, match: PrefixMatch) -> None:
@@ -496,6 +517,16 @@ class ContinuousBatching:
 
     # ---- looking in ----
 
+    @property
+    def _num_promised_elsewhere(self) -> int:
+        """Pages that something other than a sequence may claim."""
+        return 0
+
+    @property
+    def _slots_held_elsewhere(self) -> list[int]:
+        """Slots beyond the sequences' that hold pages."""
+        return []
+
     def stats(self) -> EngineStats:
         """Gauges and counters of this instant."""
         pool = self.kv.pool
@@ -531,7 +562,8 @@ class ContinuousBatching:
             raise IntegrityError("slots are not exactly the running and the free ones")
         if self._running != sorted(self._running, key=_order):
             raise IntegrityError("running sequences are out of order")
-        self.kv.check_integrity(slots)
+        elsewhere = self._slots_held_elsewhere
+        self.kv.check_integrity([*slots, *elsewhere])
         alive = [s for sequences in self._by_request.values() for s in sequences]
         for sequence in alive:
             known = len(sequence.tokens) + sequence.num_pending
@@ -542,7 +574,7 @@ class ContinuousBatching:
         waiting = sum(s.state is SequenceState.WAITING for s in alive)
         if waiting != self._num_waiting:
             raise IntegrityError(f"{waiting} sequences wait, {self._num_waiting} are counted")
-        if not self._by_request and self.kv.pool.num_held:
+        if not self._by_request and not elsewhere and self.kv.pool.num_held:
             raise IntegrityError("pages are held while no request is here")
 
     def _check_pages(self) -> None:

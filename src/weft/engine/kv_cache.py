@@ -66,6 +66,10 @@ class KvCache:
         """`pages_for_sequence` of this cache's groups."""
         return pages_for_sequence(self.groups, num_tokens, chunk)
 
+    def pages_whole(self, num_tokens: int) -> int:
+        """Pages that a slot needs for `num_tokens` of which no window is ever passed."""
+        return sum(-(-num_tokens // group.page_tokens) for group in self.groups)
+
     def match(self, hashes: Seq[bytes], num_tokens: int) -> PrefixMatch:
         """The longest cached prefix of at most `num_tokens - 1` tokens, as one token must run.
 

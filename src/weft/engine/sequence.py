@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -61,6 +62,9 @@ class Sequence:
     """Prompt tokens found in the prefix cache when it was first admitted."""
     is_admitted_before: bool = False
     first_scheduled_s: float = 0.0
+    arrived_s: float = 0.0
+    first_token_s: float = math.nan
+    """When its first output token was known, on the policy's clock."""
     num_prompt_logprobs_done: int = 0
     finish_reason: FinishReason | None = None
     parent: Sequence | None = None

@@ -16,10 +16,10 @@ from weft.engine.batch import Batch, ExecutorInfo
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
 from weft.engine.executor import BatchExecutor
+from weft.engine.iteration_shape import iteration_shape
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
 from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, default_sweep
-from weft.sim.batch_executor import iteration_shape
 from weft.sim.serving_setup import profile_settings
 
 Progress = Callable[[str, float], None]

@@ -8,13 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from weft.base.clock import VirtualClock
-from weft.base.errors import ConfigError, IntegrityError, OutOfMemoryError, UnsupportedError
+from weft.base.errors import ConfigError, IntegrityError, OutOfMemoryError
 from weft.cost.shapes import ModelShape
-from weft.cost.step_time import IterationShape, StepTimeModel
+from weft.cost.step_time import StepTimeModel
 from weft.engine.batch import Batch, CacheGroup, ExecutorInfo, SegmentKind, StepResult
+from weft.engine.finetune import (
+    CheckpointSaved,
+    FinetuneOutcome,
+    FinetuneWork,
+    SegmentLoss,
+    StepOutcome,
+)
+from weft.engine.iteration_shape import ShapeCounter
 
-# NumPy probes an enum member for array protocols on every comparison; a plain int costs nothing.
-_DECODE = int(SegmentKind.DECODE)
+_FT_FORWARD = int(SegmentKind.FT_FORWARD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +29,7 @@ class _InFlight:
     batch: Batch
     busy_s: float
     end_s: float
+    finetune: FinetuneOutcome | None = None
 
 
 class SimulatedBatchExecutor:
@@ -30,7 +38,7 @@ class SimulatedBatchExecutor:
     `submit` advances the clock by the host's share, then queues the batch on the device, which runs
     one batch after another; `collect` advances the clock to the end of the oldest one. With more
     than one in flight the host's share so overlaps the device's. Every sampled token is
-    `filler_token`; log-probabilities are not produced.
+    `filler_token`; log-probabilities are not produced. Finetuning takes time and teaches nothing.
 
     Raises:
         ConfigError: `max_in_flight` below 1, or a filler outside the vocabulary.
@@ -58,6 +66,8 @@ class SimulatedBatchExecutor:
         self._filler_token = filler_token
         self._in_flight: deque[_InFlight] = deque()
         self._device_free_s = clock.now_s()
+        self._counter = ShapeCounter(info)
+        self._labels: dict[tuple[str, int], np.ndarray] = {}
 
     @property
     def info(self) -> ExecutorInfo:
@@ -81,11 +91,14 @@ class SimulatedBatchExecutor:
                 f"batch {batch.batch_id} was submitted while {len(self._in_flight)} are in "
                 f"flight; the limit is {self._max_in_flight}"
             )
-        shape = iteration_shape(batch, self._info)
+        shape = self._counter.count(batch)
         self._clock.advance_to(self._clock.now_s() + self._step_time.host_s(shape))
         busy_s = self._step_time.device_s(shape)
         self._device_free_s = max(self._device_free_s, self._clock.now_s()) + busy_s
-        self._in_flight.append(_InFlight(batch=batch, busy_s=busy_s, end_s=self._device_free_s))
+        outcome = None if batch.finetune is None else self._finetune(batch, batch.finetune)
+        self._in_flight.append(
+            _InFlight(batch=batch, busy_s=busy_s, end_s=self._device_free_s, finetune=outcome)
+        )
 
     def collect(self) -> StepResult:
         """Advance the clock to the end of the oldest batch.
@@ -103,6 +116,40 @@ class SimulatedBatchExecutor:
             tokens=np.full((num_samples, 1), self._filler_token, np.int32),
             num_tokens=np.ones(num_samples, np.int32),
             elapsed_s=flight.busy_s,
+            finetune=flight.finetune,
+        )
+
+    def _finetune(self, batch: Batch, work: FinetuneWork) -> FinetuneOutcome:
+        """Every label's loss is 1, every gradient's norm is 1, and nothing is written."""
+        for start in work.sample_starts:
+            self._labels[start.job_id, start.sample] = start.label_weights
+        losses: list[SegmentLoss] = []
+        for segment in work.segments:
+            if batch.kinds[segment.row] != _FT_FORWARD:
+                continue
+            labels = self._labels[segment.job_id, segment.sample]
+            weight = float(labels[segment.begin + 1 : segment.end + 1].sum(dtype=np.float64))
+            losses.append(
+                SegmentLoss(
+                    job_id=segment.job_id, sample=segment.sample, loss_sum=weight, weight=weight
+                )
+            )
+        for key in work.sample_ends:
+            self._labels.pop(key, None)
+        for key in [key for key in self._labels if key[0] in work.job_ends]:
+            del self._labels[key]
+        return FinetuneOutcome(
+            losses=tuple(losses),
+            steps=tuple(
+                StepOutcome(job_id=step.job_id, step=step.step, grad_norm=1.0)
+                for step in work.steps
+            ),
+            saves=tuple(
+                CheckpointSaved(
+                    job_id=save.job_id, path=save.path, num_steps=save.num_steps, elapsed_s=0.0
+                )
+                for save in work.saves
+            ),
         )
 
     def abandon(self) -> None:
@@ -114,50 +161,6 @@ class SimulatedBatchExecutor:
         self._in_flight.clear()
 
 
-def iteration_shape(batch: Batch, info: ExecutorInfo) -> IterationShape:
-    """Count what a batch carries, context averaged over the layers of all cache groups.
-
-    Raises:
-        UnsupportedError: a row is neither PREFILL nor DECODE.
-    """
-    num_rows = batch.num_rows
-    # Rows of kind DECODE come first and carry one token each.
-    num_decodes = int(np.count_nonzero(batch.kinds == _DECODE))
-    if num_decodes < num_rows and (highest := int(batch.kinds.max())) > _DECODE:
-        raise UnsupportedError(
-            f"segment kind {SegmentKind(highest).name} has no step-time model; PREFILL and DECODE "
-            "have one"
-        )
-    decode_context = prefill_context = prefill_pairs = 0.0
-    for group in info.groups:
-        share = len(group.layers) / info.num_layers
-        seen = batch.prefix_lens
-        if group.window is not None:
-            seen = np.minimum(seen, group.window)
-        decode_context += share * int(seen[:num_decodes].sum())
-        if num_decodes < num_rows:
-            prefill_pairs += share * int(seen[num_decodes:].sum())
-            prefill_context += share * _context_read(batch, group, num_decodes)
-    return IterationShape(
-        num_decode_rows=num_decodes,
-        num_prefill_rows=num_rows - num_decodes,
-        num_prefill_tokens=batch.num_tokens - num_decodes,
-        num_sampled_rows=len(batch.sample_rows),
-        decode_context_tokens=decode_context,
-        prefill_context_tokens=prefill_context,
-        prefill_pairs=prefill_pairs,
-    )
-
-
-def _context_read(batch: Batch, group: CacheGroup, num_decodes: int) -> int:
-    """A chunk reads what its first token sees and all that lies between it and its last."""
-    ends = batch.prefix_lens[batch.row_starts[num_decodes + 1 :] - 1]
-    if group.window is not None:
-        counts = np.diff(batch.row_starts[num_decodes:])
-        ends = np.minimum(ends, counts + group.window - 1)
-    return int(ends.sum())
-
-
 def arena_info(
     shape: ModelShape,
     *,
@@ -165,6 +168,7 @@ def arena_info(
     kv_cache_bytes: int,
     max_num_seqs: int,
     page_tokens: int = 16,
+    max_finetune_samples: int = 0,
 ) -> ExecutorInfo:
     """The arena of an executor that holds a model of this shape, in one cache group.
 
@@ -188,4 +192,5 @@ def arena_info(
         num_layers=shape.num_layers,
         vocab_size=shape.vocab_size,
         max_num_seqs=max_num_seqs,
+        max_finetune_samples=max_finetune_samples,
     )

@@ -19,10 +19,11 @@ from weft.engine.batch import Batch, ExecutorInfo, StepResult
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
 from weft.engine.executor import BatchExecutor
+from weft.engine.iteration_shape import iteration_shape
 from weft.engine.loop import EngineLoop
 from weft.engine.request import Request, SequenceUpdate
 from weft.engine.sampling import SamplingParams
-from weft.sim.batch_executor import SimulatedBatchExecutor, iteration_shape
+from weft.sim.batch_executor import SimulatedBatchExecutor
 from weft.sim.serving_report import IterationRecord, RequestColumns, ServingReport
 from weft.sim.workload import Workload
 
