@@ -174,6 +174,10 @@ class CpuLinear(DenseLinear):
             return super().forward_silu_mul(x)
         return cpu_linear.linear_silu_mul(x, self._weight)
 
+    def grad_input(self, dy: Tensor) -> Tensor:
+        """Map dy [..., N] to dx = dy W, [..., K], summed in float32."""
+        return cpu_linear.grad_input(dy, self._weight)
+
 
 def make_linear(weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> LinearWeight:
     """Build the fastest `LinearWeight` for this weight's device and dtype.

@@ -344,10 +344,13 @@ class Builder:
         where = self._gep(base, index, element)
         return Val(self, self.b.load(where, align=2, typ=vector(element, lanes)))
 
-    def prefetch(self, base: Val, index: Val, storage: Storage) -> None:
-        """Ask for the cache line of `base[index]`; any address is allowed."""
+    def prefetch(self, base: Val, index: Val, storage: Storage, near: int = 3) -> None:
+        """Ask for the cache line of `base[index]`; any address is allowed.
+
+        `near`: 3 for the first-level cache, 2 for the second.
+        """
         where = Val(self, self._gep(base, index, _ELEMENT[storage]))
-        read, keep, data = (self.const(n, I32) for n in (0, 3, 1))
+        read, keep, data = (self.const(n, I32) for n in (0, near, 1))
         module = self.b.module
         name = "llvm.prefetch.p0"
         callee = module.globals.get(name)

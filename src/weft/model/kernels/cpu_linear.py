@@ -15,6 +15,8 @@ from torch import Tensor
 
 from weft.model.kernels.cpu_gemm import GEMM_ARGS, MAX_ROW_BLOCK, Epilogue, GemmSpec
 from weft.model.kernels.cpu_ir import Isa, Storage
+from weft.model.kernels.cpu_panel import panel_calls, panel_spec
+from weft.model.kernels.cpu_panel_ir import CHUNK, MIN_PANEL_ROWS, panel_width
 from weft.model.kernels.cpu_team import Call, NativeKernels, native_kernels
 
 _STORAGES = {
@@ -47,7 +49,7 @@ def max_native_rows(storage: Storage) -> int:
         return 64
     if isa.has_amx_bf16:
         return 7
-    return 64 if isa.has_bf16_dot else 16
+    return 1 << 40 if isa.has_bf16_dot else 16
 
 
 def _spec(native: NativeKernels, storage: Storage, epilogue: Epilogue, m: int, k: int) -> GemmSpec:
@@ -109,13 +111,27 @@ def run_gemm(
     x [M, K], weight [N, K] (SILU_MUL: [2N, K], gates before ups), y [M, N]; `extra` is the bias [N]
     or the addend [M, N] with y's row stride. The caller has asked `can_run_native`.
     """
+    num_rows = x.shape[0]
     storage = _STORAGES[weight.dtype]
-    spec = _spec(native, storage, epilogue, x.shape[0], weight.shape[1])
-    kernel = native.address(spec)
-    words = gemm_words(x, weight, y, extra, epilogue)
-    native.team.submit(
-        Call(kernel=kernel, words=words, rows_word=_ROWS_WORD, keep=(x, weight, y, extra))
-    )
+    wide = panel_spec(native, storage, epilogue, weight.shape[1], is_grad=False)
+    can_panel = num_rows >= MIN_PANEL_ROWS and y.shape[1] >= wide.outputs_per_panel(native.isa)
+    calls: list[Call] = []
+    # A recording must serve any smaller number of rows as well, by the same path as if run at once.
+    if not can_panel or native.team.is_recording:
+        spec = _spec(native, storage, epilogue, num_rows, weight.shape[1])
+        calls.append(
+            Call(
+                kernel=native.address(spec),
+                words=gemm_words(x, weight, y, extra, epilogue),
+                rows_word=_ROWS_WORD,
+                keep=(x, weight, y, extra),
+                only_for=range(MIN_PANEL_ROWS) if can_panel else None,
+            )
+        )
+    if can_panel:
+        only_for = range(MIN_PANEL_ROWS, num_rows + 1)
+        calls += panel_calls(native, wide, x, weight, y, extra, only_for)
+    native.team.submit(*calls)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -161,3 +177,34 @@ def linear_silu_mul(x: Tensor, gate_up: Tensor) -> Tensor:
     y = rows.new_empty(rows.shape[0], gate_up.shape[0] // 2)
     run_gemm(native, rows, gate_up, y, epilogue=Epilogue.SILU_MUL)
     return y.view(*x.shape[:-1], -1)
+
+
+def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
+    """dx = dy W, summed in float32: dy [..., N], weight [N, K] to [..., K]."""
+    rows = dy.reshape(-1, dy.shape[-1])
+    native = native_kernels() if _can_run_native_grad(rows, weight) else None
+    if native is None:
+        return dy @ weight
+    dx = rows.new_empty(rows.shape[0], weight.shape[1])
+    storage = _STORAGES[weight.dtype]
+    spec = panel_spec(native, storage, Epilogue.NONE, weight.shape[0], is_grad=True)
+    native.team.submit(*panel_calls(native, spec, rows, weight, dx))
+    return dx.view(*dy.shape[:-1], -1)
+
+
+def _can_run_native_grad(dy: Tensor, weight: Tensor) -> bool:
+    """Whether the native kernel takes dy [M, N] @ weight [N, K], and is the faster path for it."""
+    storage = storage_of(weight.dtype)
+    if storage is None or dy.device.type != "cpu" or dy.dtype != weight.dtype:
+        return False
+    if torch.is_grad_enabled() and (dy.requires_grad or weight.requires_grad):
+        return False
+    native = native_kernels()
+    return (
+        native is not None
+        and MIN_PANEL_ROWS <= dy.shape[0] <= max_native_rows(storage)
+        and dy.shape[1] % CHUNK == 0
+        and dy.stride(1) == 1
+        and weight.shape[1] >= panel_width(native.isa)
+        and weight.is_contiguous()
+    )

@@ -176,6 +176,8 @@ class Call:
     rows_word: int
     """Which word counts the rows of work."""
     keep: tuple[Tensor | None, ...]
+    only_for: range | None = None
+    """The numbers of rows for which a replay runs it; None: every number."""
 
 
 class OpList:
@@ -185,38 +187,55 @@ class OpList:
     work on new data, fill the same tensors and run it again.
     """
 
-    __slots__ = ("_kept", "_num_rows", "_packed", "_rows_words", "_team", "_words")
+    __slots__ = ("_calls", "_num_rows", "_packed", "_scratch", "_team", "_words")
 
     def __init__(self, team: Team) -> None:
         self._team = team
+        self._calls: list[Call] = []
         self._words: list[ctypes.Array[ctypes.c_int64]] = []
-        self._packed = bytearray()
-        self._kept: list[tuple[Tensor | None, ...]] = []
-        self._rows_words: list[int] = []
+        self._packed: bytes | None = None
+        self._scratch: dict[str, Tensor] = {}
         self._num_rows: int | None = None
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self._calls)
 
     def add(self, call: Call) -> None:
         """Append one call."""
-        words = (ctypes.c_int64 * len(call.words))(*call.words)
-        self._words.append(words)
-        self._packed += struct.pack("2q", call.kernel, ctypes.addressof(words))
-        self._kept.append(call.keep)
-        self._rows_words.append(call.rows_word)
+        self._calls.append(call)
+        self._words.append((ctypes.c_int64 * len(call.words))(*call.words))
+        self._packed = None
+
+    def scratch(self, purpose: str, count: int) -> Tensor:
+        """Room for `count` float32 that calls of one purpose take turns to use."""
+        room = self._scratch.get(purpose)
+        if room is None or room.numel() < count:
+            room = self._scratch[purpose] = torch.empty(count, dtype=torch.float32)
+        return room
 
     def set_num_rows(self, num_rows: int) -> None:
         """Let every call work on its first `num_rows` rows only."""
         if num_rows != self._num_rows:
-            for words, index in zip(self._words, self._rows_words, strict=True):
-                words[index] = num_rows
+            for call, words in zip(self._calls, self._words, strict=True):
+                words[call.rows_word] = num_rows
             self._num_rows = num_rows
+            self._packed = None
 
     def run(self) -> None:
-        """Run all of it; returns when the last kernel has ended."""
-        if self._words:
-            self._team.launch(bytes(self._packed), len(self._words))
+        """Run it; returns when the last kernel has ended.
+
+        Before `set_num_rows` has been called, every call runs as it was added.
+        """
+        if self._packed is None:
+            self._packed = b"".join(
+                struct.pack("2q", call.kernel, ctypes.addressof(words))
+                for call, words in zip(self._calls, self._words, strict=True)
+                if call.only_for is None
+                or self._num_rows is None
+                or self._num_rows in call.only_for
+            )
+        if self._packed:
+            self._team.launch(self._packed, len(self._packed) // 16)
 
 
 class Team:
@@ -236,6 +255,21 @@ class Team:
     def num_threads(self) -> int:
         """Threads that a launch uses: torch's own number, or 1 where its team is out of reach."""
         return torch.get_num_threads() if self._is_shared else 1
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this thread is inside `recording`."""
+        return getattr(self._local, "record", None) is not None
+
+    def scratch(self, purpose: str, count: int) -> Tensor:
+        """Room for `count` float32 until the calls submitted next have ended.
+
+        While recording, all calls of one purpose share it: they run one after the other.
+        """
+        record: OpList | None = getattr(self._local, "record", None)
+        if record is None:
+            return torch.empty(count, dtype=torch.float32)
+        return record.scratch(purpose, count)
 
     def submit(self, *calls: Call) -> None:
         """Run calls in order; inside `recording` on this thread, append them instead."""
