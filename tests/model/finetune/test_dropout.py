@@ -47,7 +47,7 @@ def test_the_dropped_share_and_the_scale_are_right(probability: float) -> None:
     kept = found[found != 0]
     assert torch.allclose(kept, torch.tensor(1 / (1 - probability), dtype=torch.float64))
     # No row and no column is odd either.
-    if 0 < probability:
+    if probability > 0:
         for axis in (0, 1):
             shares = (found == 0).double().mean(axis)
             spread = (probability * (1 - probability) / found.shape[axis]) ** 0.5

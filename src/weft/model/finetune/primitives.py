@@ -39,10 +39,10 @@ def turn_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turn(dy, cos, -sin)
 
 
-def silu_mul_backward(d_act: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul_backward(d_act: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
     """Gradient of silu(gate) * up at both, side by side: [T, F] each to [T, 2F].
 
-    `d_act` is used up.
+    `d_act` is used up. Without `up`, the left half (the gradient at gate) is not filled in.
     """
     num_features = gate.shape[1]
     out = d_act.new_empty(d_act.shape[0], 2 * num_features)
@@ -53,8 +53,9 @@ def silu_mul_backward(d_act: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         span = slice(part, part + rows)
         d, g = d_act[span], gate[span]
         torch.mul(torch.nn.functional.silu(g), d, out=d_up[span])
-        d *= up[span]
-        torch.ops.aten.silu_backward.grad_input(d, g, grad_input=d_gate[span])
+        if up is not None:
+            d *= up[span]
+            torch.ops.aten.silu_backward.grad_input(d, g, grad_input=d_gate[span])
     return out
 
 
