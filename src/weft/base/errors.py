@@ -41,6 +41,10 @@ class ModelLoadError(WeftError, ValueError):
     """A model directory that is missing, half-written or inconsistent with its configuration."""
 
 
+class AdapterLoadError(WeftError, ValueError):
+    """An adapter that is missing, half-written, or made for another model."""
+
+
 class OutOfMemoryError(WeftError, MemoryError):
     """Memory too small for the smallest useful unit; the message holds the number that would do."""
 

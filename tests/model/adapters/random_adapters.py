@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from weft.graph.adapter_spec import (
-    AdapterKind,
-    AdapterSpec,
-    BypassTarget,
-    LayerWidths,
-    Module,
-    module_name,
-    resolve_targets,
+from weft.graph.adapter_spec import AdapterSpec, module_name
+from weft.model.adapters.weights import (
+    AdapterWeights,
+    FrozenBypass,
+    collect_layers,
+    model_targets,
+    weight_shapes,
 )
-from weft.model.adapters.weights import AdapterWeights, FrozenBypass
 from weft.model.config import ModelConfig
 
 
@@ -26,41 +24,16 @@ def random_adapter(
 ) -> AdapterWeights:
     """Weights far enough from nothing to change every token."""
     generator = torch.Generator().manual_seed(seed)
-    widths = LayerWidths(
-        hidden=config.hidden_size,
-        query=config.query_size,
-        kv=config.kv_size,
-        ffn=config.intermediate_size,
-    )
-    layers: list[dict[Module, FrozenBypass]] = [{} for _ in range(config.num_layers)]
-    for target in resolve_targets(spec, num_layers=config.num_layers, widths=widths):
+    bypasses: list[FrozenBypass] = []
+    for target in model_targets(spec, config):
         weights = {
             name: torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.1).to(dtype)
-            for name, shape in weight_shapes(spec.kind, target).items()
+            for name, shape in weight_shapes(target).items()
         }
         if "l" in weights:
             weights["l"] += 1
-        layers[target.layer][target.module] = FrozenBypass(
-            target=target, weights=weights, activation=spec.activation
-        )
-    return AdapterWeights(kind=spec.kind, layers=tuple(layers))
-
-
-def weight_shapes(kind: AdapterKind, target: BypassTarget) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one bypass's tensors."""
-    rank, num_in, num_out = target.rank, target.in_features, target.out_features
-    match kind:
-        case AdapterKind.LORA:
-            return {"A": (rank, num_in), "B": (num_out, rank)}
-        case AdapterKind.IA3:
-            return {"l": (num_in if target.scales_input else num_out,)}
-        case AdapterKind.BOTTLENECK:
-            return {
-                "down": (rank, num_out),
-                "down_bias": (rank,),
-                "up": (num_out, rank),
-                "up_bias": (num_out,),
-            }
+        bypasses.append(FrozenBypass(target=target, weights=weights, activation=spec.activation))
+    return AdapterWeights(kind=spec.kind, layers=collect_layers(bypasses, config.num_layers))
 
 
 def merge(model: PreTrainedModel, adapter: AdapterWeights) -> None:

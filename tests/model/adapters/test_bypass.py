@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from model.adapters.mixed import PROMPTS, run_mixed
 from model.adapters.random_adapters import merge, random_adapter
 from model.adapters.wide import wide_transformers
 from runtime.harness import HandMade, Row, make_context, random_model, reference_logits
@@ -19,7 +19,6 @@ from weft.graph.adapter_spec import AdapterKind, AdapterSpec, Module
 from weft.model.adapters.weights import AdapterWeights
 from weft.model.forward_step import BypassGroup, BypassStep
 from weft.model.linear import DenseLinear
-from weft.runtime.device_context import DeviceContext
 from weft.runtime.step_builder import build_step
 
 LORA = AdapterSpec(rank=3, alpha=7.0)
@@ -29,7 +28,6 @@ BOTTLENECK = AdapterSpec(kind=AdapterKind.BOTTLENECK, rank=5, activation="gelu")
 NAMES = frozenset(
     ("layer_input", "attn_normed", "query_flat", "key_flat", "values", "attn_out", "attn_sub")
 ) | {"mlp_input", "mlp_normed", "gate", "up", "act", "mlp_sub", "low_rank:up_proj"}
-PROMPTS = ([5, 9, 2, 44], [7], [8, 8, 31, 60, 2, 17, 90], [3, 4], [11, 12, 13])
 
 
 @pytest.fixture(autouse=True)
@@ -59,26 +57,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         yield calls
 
 
-def run(
-    context: DeviceContext, adapters: list[AdapterWeights | None], **kwargs: Any
-) -> list[Tensor]:
-    """Logits of each prompt's tokens, all in one iteration, prompt i through adapters[i]."""
-    made = HandMade(context, max_num_seqs=len(adapters))
-    batch = made.batch([Row(slot=i, tokens=PROMPTS[i]) for i in range(len(adapters))])
-    starts = batch.row_starts.tolist()
-    groups = tuple(
-        BypassGroup(rows=slice(starts[i], starts[i + 1]), adapter=adapter)
-        for i, adapter in enumerate(adapters)
-        if adapter is not None
-    )
-    step = build_step(batch, context, torch.zeros(8, dtype=torch.int32))
-    step = replace(step, bypass=BypassStep(groups=groups) if groups else None)
-    decoder = context.decoder
-    hidden = decoder.forward(decoder.embed(step.token_ids), step, context.kv, **kwargs)
-    logits = decoder.logits(hidden)
-    return [logits[a:b] for a, b in pairwise(starts)]
-
-
 @pytest.mark.parametrize("name", ["llama-mqa-biases", "mistral-window", "qwen2", "qwen3"])
 def test_mixed_rows_equal_merged_models(name: str) -> None:
     context = make_context(random_model(name), num_sequences=24)
@@ -86,7 +64,7 @@ def test_mixed_rows_equal_merged_models(name: str) -> None:
         random_adapter(spec, context.config, seed=seed)
         for seed, spec in enumerate((LORA, IA3, ODD_IA3, replace(LORA, rank=9, use_rslora=True)))
     ]
-    found = run(context, [*adapters, None])
+    found = run_mixed(context, [*adapters, None])
     for prompt, adapter, logits in zip(PROMPTS, [*adapters, None], found, strict=True):
         model = random_model(name)
         plain = reference_logits(model, prompt)
@@ -100,7 +78,7 @@ def test_bottlenecks_equal_hooks_on_sub_layers() -> None:
     model = random_model("qwen3")
     context = make_context(model)
     adapter = random_adapter(BOTTLENECK, context.config, seed=3)
-    found = run(context, [None, adapter, adapter])
+    found = run_mixed(context, [None, adapter, adapter])
     plain = [reference_logits(model, prompt) for prompt in PROMPTS[:3]]
 
     def hook(module: Module, layer: int) -> Any:
@@ -127,14 +105,14 @@ def test_bottlenecks_equal_hooks_on_sub_layers() -> None:
 def test_groups_may_be_given_as_token_numbers() -> None:
     context = make_context(random_model("qwen2"))
     adapter = random_adapter(LORA, context.config, seed=0)
-    wanted = run(context, [adapter, None, adapter])
+    wanted = run_mixed(context, [adapter, None, adapter])
     made = HandMade(context)
     batch = made.batch([Row(slot=i, tokens=PROMPTS[i]) for i in range(3)])
     step = build_step(batch, context, torch.zeros(8, dtype=torch.int32))
     rows = torch.tensor([11, 2, 5, 6, 7, 1, 8, 9, 10, 3, 0])
     for spec in (LORA, IA3, ODD_IA3, BOTTLENECK):
         adapter = random_adapter(spec, context.config, seed=0)
-        wanted = run(context, [adapter, None, adapter])
+        wanted = run_mixed(context, [adapter, None, adapter])
         group = BypassGroup(rows=rows[rows != 4], adapter=adapter)
         bypassed = replace(step, bypass=BypassStep(groups=(group,)))
         hidden = context.decoder.embed(step.token_ids)
@@ -149,7 +127,7 @@ def test_each_linear_is_called_once_whatever_the_mix(monkeypatch: pytest.MonkeyP
         for seed, spec in enumerate((LORA, IA3, BOTTLENECK, replace(LORA, rank=2)))
     ]
     with counted(monkeypatch) as calls:
-        run(context, [*adapters, None])
+        run_mixed(context, [*adapters, None])
     num_tokens = sum(len(prompt) for prompt in PROMPTS)
     linears = 4 * context.config.num_layers
     assert calls.num_rows == [num_tokens] * (linears + 1)  # the output layer too
@@ -174,9 +152,9 @@ class Kept:
 def test_taps_see_their_rows_and_change_nothing() -> None:
     context = make_context(random_model("llama2-mha"))
     adapters = [random_adapter(LORA, context.config, seed=seed) for seed in range(2)]
-    wanted = run(context, [None, *adapters])
+    wanted = run_mixed(context, [None, *adapters])
     taps = Kept(rows=slice(5, 12), wanted=NAMES)
-    found = run(context, [None, *adapters], taps=taps)
+    found = run_mixed(context, [None, *adapters], taps=taps)
     torch.testing.assert_close(torch.cat(found), torch.cat(wanted), rtol=0, atol=1e-12)
     assert set(taps.tensors) == {(layer, name) for layer in range(3) for name in NAMES}
     for layer in range(3):

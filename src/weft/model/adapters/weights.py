@@ -5,13 +5,22 @@ Shape legend: K in_features, N out_features, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from weft.graph.adapter_spec import AdapterKind, BypassTarget, Module
+from weft.graph.adapter_spec import (
+    SUB_LAYERS,
+    AdapterKind,
+    AdapterSpec,
+    BypassTarget,
+    LayerWidths,
+    Module,
+    resolve_targets,
+)
+from weft.model.config import ModelConfig
 from weft.model.linear import tensor_bytes
 
 
@@ -61,3 +70,47 @@ class AdapterWeights:
     def size_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(tensor_bytes(w) for bypass in self for w in bypass.weights.values())
+
+
+def layer_widths(config: ModelConfig) -> LayerWidths:
+    """In and out features of a model's linears."""
+    return LayerWidths(
+        hidden=config.hidden_size,
+        query=config.query_size,
+        kv=config.kv_size,
+        ffn=config.intermediate_size,
+    )
+
+
+def model_targets(spec: AdapterSpec, config: ModelConfig) -> tuple[BypassTarget, ...]:
+    """The bypasses of an adapter on a model.
+
+    Raises:
+        ConfigError: as `weft.graph.adapter_spec.resolve_targets`.
+    """
+    return resolve_targets(spec, num_layers=config.num_layers, widths=layer_widths(config))
+
+
+def weight_shapes(target: BypassTarget) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one bypass's weights, in the order in which files hold them."""
+    num_in, num_out, rank = target.in_features, target.out_features, target.rank
+    if rank == 0:
+        return {"l": (num_in if target.scales_input else num_out,)}
+    if target.module not in SUB_LAYERS:
+        return {"A": (rank, num_in), "B": (num_out, rank)}
+    return {
+        "down": (rank, num_out),
+        "down_bias": (rank,),
+        "up": (num_out, rank),
+        "up_bias": (num_out,),
+    }
+
+
+def collect_layers(
+    bypasses: Iterable[Bypass], num_layers: int
+) -> tuple[Mapping[Module, Bypass], ...]:
+    """`AdapterWeights.layers` from its bypasses in any order."""
+    layers: list[dict[Module, Bypass]] = [{} for _ in range(num_layers)]
+    for bypass in bypasses:
+        layers[bypass.target.layer][bypass.target.module] = bypass
+    return tuple(layers)
