@@ -66,7 +66,7 @@ def plan_of_cut(graph: Graph, cut: Cut, batch_size: int, *, schedule: str = "1f1
     table = CostTable(
         graph,
         flat_cluster(sum(cut.dp)),
-        RooflineCost(TRAINING),
+        RooflineCost(),
         training=TRAINING,
         batch_size=batch_size,
     )

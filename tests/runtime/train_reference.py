@@ -53,7 +53,7 @@ def train_plain(
         value.backward()
         norms.append(_clip(trainable, clip_norm))
         optimizer.step()
-        losses.append(float(value))
+        losses.append(float(value.detach()))
     return Trained(module=module, losses=tuple(losses), norms=tuple(norms))
 
 
@@ -80,7 +80,7 @@ def _loss(
             weights.append(found[1])
         else:
             size = len(next(iter(part.values())) if isinstance(part, dict) else part[0])
-            totals.append(found * size)
+            totals.append(torch.as_tensor(found) * size)
             weights.append(size)
     return torch.stack(totals).sum(), sum(weights)
 

@@ -79,6 +79,7 @@ class GradientSync:
         self._next: dict[int, int] = {}
         self._of_parameter: dict[int, tuple[int, _Bucket]] = {}
         self._armed: set[int] = set()
+        self._finished: set[int] = set()
         for group in groups:
             buckets = self._buckets.setdefault(group.stage, [])
             # Backward reaches the last parameters first.
@@ -98,7 +99,13 @@ class GradientSync:
                 bucket.missing = len(bucket.parameters)
 
     def finish(self, stage: int) -> Iterator[Handle]:
-        """Start a stage's remaining buckets, and wait for all of them (-1: shared parameters)."""
+        """Start a stage's remaining buckets, and wait for all of them (-1: shared parameters).
+
+        Does nothing for a stage that is finished since the last `clear`.
+        """
+        if stage in self._finished:
+            return
+        self._finished.add(stage)
         buckets = self._buckets.get(stage, [])
         self._armed.discard(stage)
         for bucket in buckets[self._next.get(stage, 0) :]:
@@ -112,6 +119,7 @@ class GradientSync:
 
     def clear(self) -> None:
         """Zero every bucket for the next step."""
+        self._finished.clear()
         for buckets in self._buckets.values():
             for bucket in buckets:
                 bucket.attach()

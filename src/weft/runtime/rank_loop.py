@@ -15,8 +15,8 @@ from torch.autograd.graph import get_gradient_edge
 from weft.plan.action import ActionKind
 from weft.runtime.batch_source import SampleSource
 from weft.runtime.grad_sync import GradientSync
+from weft.runtime.micro_batch import MicroBatch, WeightHalf
 from weft.runtime.rank_program import BoundAction, Piece, RankPlan, StageShape
-from weft.runtime.seeded_dropout import DropoutKey
 from weft.runtime.stage_cut import CutEdge, StageCut, StageProgram
 from weft.runtime.transport import Handle, PeerTimeoutError, Transport
 
@@ -39,18 +39,20 @@ class StageRun:
     """The dtype that each output is handed on in, None where it is left as it is."""
     weights: tuple[list[Tensor], list[Tensor]] | None = None
     """Without flushes: the newest weights and the version before, in the module's order."""
+    forced_weights: list[Tensor] | None = None
+    """Weights to run with in place of the module's own."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Saved:
     """What a forward leaves for its backward."""
 
-    key: DropoutKey
+    call: MicroBatch
     inputs: list[Tensor]
     roots: list[Any] = field(default_factory=list)
     """Gradient edges of the outputs, None for an output without gradient; then of the losses."""
     loss_gradients: list[Tensor] = field(default_factory=list)
-    version: int = 0
+    weights: list[Tensor] | None = None
     has_graph: bool = False
 
 
@@ -97,13 +99,16 @@ class RankLoop:
         stages: Mapping[int, StageRun],
         transport: Transport,
         source: SampleSource,
-        sync: Sequence[GradientSync],
+        sync: GradientSync | None,
         seed: int,
         receive_ahead: int,
         autocast: torch.dtype | None,
         device: torch.device,
         batch_size: int,
+        splits_backward: bool = False,
+        training: bool = True,
     ) -> None:
+        self.splits_backward, self.training = splits_backward, training
         self.plan, self.cut, self.stages = plan, cut, stages
         self.transport, self.source, self.sync = transport, source, sync
         self.seed, self.receive_ahead = seed, receive_ahead
@@ -115,19 +120,22 @@ class RankLoop:
         self._outputs: dict[Key, list[Tensor]] = {}
         self._input_gradients: dict[Key, list[Tensor | None]] = {}
         self._saved: dict[Key, _Saved] = {}
+        self._halves: dict[Key, WeightHalf] = {}
         self._posted: dict[tuple[ActionKind, int, int, int], list[_Posted]] = {}
         self._sends: list[tuple[Handle, Tensor]] = []
-        self._losses: list[tuple[Tensor, Tensor | int]] = []
+        self._losses: dict[int, list[tuple[Tensor, Tensor | int]]] = {}
         self._in_flight: dict[int, int] = dict.fromkeys(stages, 0)
         self.peak_in_flight: dict[int, int] = dict.fromkeys(stages, 0)
         self.record: LoopRecord | None = None
-        self.current = ""
+        self.current: BoundAction | str = ""
         self._flush = 0
         self._step = 0
         self.first_step = 0
         self._run = {
             ActionKind.F: self._forward,
             ActionKind.B: self._backward,
+            ActionKind.I: self._input_half,
+            ActionKind.W: self._weight_half,
             ActionKind.RECOMPUTE: self._recompute,
             ActionKind.SEND_F: self._send_outputs,
             ActionKind.SEND_B: self._send_gradients,
@@ -158,8 +166,17 @@ class RankLoop:
         except PeerTimeoutError as error:
             raise PeerTimeoutError(
                 f"rank {self.plan.rank} (device {self.plan.device}) hangs in step {step} at "
-                f"{self.current}: {error}"
+                f"{self.where}: {error}"
             ) from error
+
+    @property
+    def where(self) -> str:
+        """The action that runs, and the ranks that it exchanges tensors with."""
+        if isinstance(self.current, str):
+            return self.current
+        peers = sorted({piece.peer for piece in self.current.pieces})
+        ranks = f" (peer rank {', '.join(map(str, peers))})" if peers else ""
+        return f"action {self.current.action}{ranks}"
 
     def _actions(
         self, segment: Sequence[BoundAction], base: int, is_last_flush: bool
@@ -191,13 +208,11 @@ class RankLoop:
                     yield posted.handle
                     posted.finish()
             elif kind is ActionKind.REDUCE_GRAD:
-                if is_last_flush:
-                    for sync in self.sync:
-                        yield from sync.finish(stage)
+                if is_last_flush and self.sync is not None:
+                    yield from self.sync.finish(stage)
             elif kind in self._run:
-                if last_backward.get(stage) == index:
-                    for sync in self.sync:
-                        sync.expect(stage)
+                if last_backward.get(stage) == index and self.sync is not None:
+                    self.sync.expect(stage)
                 self._run[kind](bound, action.micro_batch + shift[stage])
             if self.record is not None:
                 self._note(bound, shift[stage], started_s)
@@ -209,12 +224,10 @@ class RankLoop:
             self.record.start_s.append(started_s)
             self.record.end_s.append(time.perf_counter())
 
-    def take_losses(self) -> tuple[float, float]:
-        """(sum, weight) of the losses since the last call."""
-        total = sum(float(loss) for loss, _ in self._losses)
-        weight = sum(float(weight) for _, weight in self._losses)
-        self._losses.clear()
-        return total, weight
+    def take_losses(self, step: int) -> tuple[float, float]:
+        """(sum, weight) of the losses of an optimizer step, once."""
+        losses = self._losses.pop(step, [])
+        return sum(float(loss) for loss, _ in losses), sum(float(w) for _, w in losses)
 
     # Forward
 
@@ -222,12 +235,17 @@ class RankLoop:
         stage = self.stages[bound.action.stage]
         key = (bound.action.stage, micro_batch)
         inputs = self._take_inputs(stage, key)
-        dropout = self._dropout_key(stage, micro_batch)
-        saved = _Saved(key=dropout, inputs=inputs, version=bound.action.version)
+        saved = _Saved(
+            call=self._call(stage, micro_batch),
+            inputs=inputs,
+            weights=self._weights(stage, micro_batch),
+        )
         keeps_graph = stage.has_backward and not stage.recompute
         values = self._compute(stage, saved, with_graph=keeps_graph)
         outputs = values[: stage.program.num_outputs]
-        self._note_losses(stage, values[stage.program.num_outputs :])
+        if stage.program.losses:
+            found = self._losses.setdefault(self._step_of(stage, micro_batch), [])
+            found.extend(self._loss_values(stage, values[stage.program.num_outputs :]))
         if stage.has_backward:
             if keeps_graph:
                 self._save_roots(stage, saved, values)
@@ -241,7 +259,7 @@ class RankLoop:
             del self._outputs[key]
 
     def _take_inputs(self, stage: StageRun, key: Key) -> list[Tensor]:
-        slots = self._inbox.pop(key, None) or [None] * stage.program.num_inputs
+        slots: list[Tensor | None] = self._inbox.pop(key, [None] * stage.program.num_inputs)
         if stage.leaves:
             first = self._flush * self.batch_size + self._first_sample(stage, key[1])
             step = self._step_of(stage, key[1])
@@ -268,23 +286,30 @@ class RankLoop:
             return self._step
         return self.first_step + micro_batch // stage.shape.num_micro_batches
 
-    def _dropout_key(self, stage: StageRun, micro_batch: int) -> DropoutKey:
-        return DropoutKey(
+    def _weights(self, stage: StageRun, micro_batch: int) -> list[Tensor] | None:
+        """Of two versions the older one, except for forwards ahead into the next step."""
+        if stage.weights is None:
+            return stage.forced_weights
+        return stage.weights[0 if self._step_of(stage, micro_batch) > self._step else 1]
+
+    def _call(self, stage: StageRun, micro_batch: int) -> MicroBatch:
+        return MicroBatch(
             seed=self.seed,
             step=self._step_of(stage, micro_batch),
+            training=self.training,
+            weight_half=WeightHalf() if self.splits_backward else None,
             first_sample=self._flush * self.batch_size + self._first_sample(stage, micro_batch),
             num_samples=stage.shape.share,
         )
 
     def _compute(self, stage: StageRun, saved: _Saved, *, with_graph: bool) -> Sequence[Any]:
-        weights = None if stage.weights is None else stage.weights[-saved.version]
         context = (
             torch.autocast(self.device.type, self._autocast)
             if self._autocast is not None
             else nullcontext()
         )
         with torch.set_grad_enabled(with_graph), context:
-            values = stage.module(saved.key, saved.inputs, weights)
+            values = stage.module(saved.call, saved.inputs, saved.weights)
             if self._autocast is None:
                 return values
             cast = [
@@ -293,19 +318,21 @@ class RankLoop:
             ]
             return [*cast, *values[len(cast) :]]
 
-    def _note_losses(self, stage: StageRun, values: Sequence[Any]) -> None:
+    @staticmethod
+    def _loss_values(
+        stage: StageRun, values: Sequence[Any]
+    ) -> Iterator[tuple[Tensor, Tensor | int]]:
+        """(sum, weight) of each loss; a mean counts with the samples that it is of."""
         position = 0
         for is_pair in stage.program.losses:
             loss = values[position].detach()
             if is_pair:
                 weight = values[position + 1]
-                self._losses.append(
-                    (loss, weight.detach() if isinstance(weight, Tensor) else weight)
-                )
-                position += 2
+                yield loss, weight.detach() if isinstance(weight, Tensor) else weight
             else:
-                self._losses.append((loss * stage.shape.share, stage.shape.share))
-                position += 1
+                # Several tasks' means share one weight: their sum is the loss.
+                yield loss * stage.shape.share, stage.shape.share if position == 0 else 0
+            position += 2 if is_pair else 1
 
     def _save_roots(self, stage: StageRun, saved: _Saved, values: Sequence[Any]) -> None:
         """Keep where gradients enter, not the outputs themselves: those may leave memory."""
@@ -329,10 +356,9 @@ class RankLoop:
     def _recompute(self, bound: BoundAction, micro_batch: int) -> None:
         stage = self.stages[bound.action.stage]
         saved = self._saved[bound.action.stage, micro_batch]
-        self._restore(stage, saved, bound.action.version)
+        self._restore(stage, saved)
 
-    def _restore(self, stage: StageRun, saved: _Saved, version: int) -> None:
-        saved.version = version
+    def _restore(self, stage: StageRun, saved: _Saved) -> None:
         values = self._compute(stage, saved, with_graph=True)
         self._save_roots(stage, saved, values)
 
@@ -341,7 +367,7 @@ class RankLoop:
         key = (bound.action.stage, micro_batch)
         saved = self._saved.pop(key)
         if not saved.has_graph:
-            self._restore(stage, saved, bound.action.version)
+            self._restore(stage, saved)
         self._in_flight[key[0]] -= 1
         gradients = [*self._output_gradients(stage, key), *saved.loss_gradients]
         pairs = [
@@ -361,6 +387,20 @@ class RankLoop:
                 self._hand_back(piece, key)
             if not bound.is_sent:
                 del self._input_gradients[key]
+
+    def _input_half(self, bound: BoundAction, micro_batch: int) -> None:
+        key = (bound.action.stage, micro_batch)
+        half = self._saved[key].call.weight_half
+        if half is not None:
+            half.is_open = True
+            self._halves[key] = half
+        self._backward(bound, micro_batch)
+
+    def _weight_half(self, bound: BoundAction, micro_batch: int) -> None:
+        half = self._halves.pop((bound.action.stage, micro_batch), None)
+        if half is not None:
+            with torch.no_grad():
+                half.run()
 
     def _output_gradients(self, stage: StageRun, key: Key) -> list[Tensor | None]:
         """The gradient of every output: the sum over the edges that it left by, in their order."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from weft.base.errors import UnsupportedError
-from weft.plan.action import Action, ActionKind
+from weft.plan.action import COMPUTE_KINDS, Action, ActionKind
 from weft.plan.communicate import insert_communication
 from weft.plan.compute_index import ComputeIndex
 from weft.plan.messages import MessageTable, dependencies
@@ -116,6 +116,7 @@ def rank_plans(schedule: Schedule, cut: StageCut, devices: Sequence[int]) -> tup
             RankPlan(rank=r, device=d, shapes=_shapes(schedule, d), first=bound[r])
             for r, d in enumerate(devices)
         )
+    _check_versions(schedule)
     runs = {
         n: [_split(program) for program in _bind(schedule.unrolled(n), cut, devices)]
         for n in range(1, _BODY_OF_LONG_RUN + 1)
@@ -135,6 +136,21 @@ def rank_plans(schedule: Schedule, cut: StageCut, devices: Sequence[int]) -> tup
             )
         )
     return tuple(plans)
+
+
+def _check_versions(schedule: Schedule) -> None:
+    """Without flushes the runtime keeps two versions: a step runs on the weights of one before."""
+    for device in schedule.devices:
+        for action in schedule.program(device):
+            if action.kind not in COMPUTE_KINDS:
+                continue
+            wanted = action.micro_batch // schedule.num_micro_batches[action.stage] - 1
+            if action.version != wanted:
+                raise UnsupportedError(
+                    f"action {action} of schedule {schedule.name!r} runs on weight version "
+                    f"{action.version}; without flushes the runtime runs PipeDream-2BW's, "
+                    f"{wanted} here"
+                )
 
 
 def _refuse_tensor_parallel(schedule: Schedule) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from weft.runtime.micro_batch import MicroBatch
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -21,28 +22,13 @@ _BITS = 24
 """Bits of each draw: as many as a float32 holds exactly."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DropoutKey:
-    """What a stage's dropout depends on besides the operator: the run, the step, the samples.
-
-    Samples [first_sample, first_sample + num_samples) count within the step's batch. Without
-    `training` nothing is dropped.
-    """
-
-    seed: int
-    step: int
-    first_sample: int
-    num_samples: int
-    training: bool = True
-
-
 def operator_number(name: str) -> int:
     """A number for an operator, from its name in the exported program; equal in every process."""
     return zlib.crc32(name.encode())
 
 
 def keep_mask(
-    key: DropoutKey, operator: int, probability: float, num_elements: int, device: torch.device
+    key: MicroBatch, operator: int, probability: float, num_elements: int, device: torch.device
 ) -> Tensor:
     """Which elements stay: bool of shape (num_samples, num_elements of one sample)."""
     run = _mix_int(_mix_int(key.seed & _MASK_64) ^ _mix_int((key.step << 32) ^ operator))
@@ -56,7 +42,7 @@ def keep_mask(
 
 
 def dropout(
-    x: Tensor, probability: float, key: DropoutKey, operator: int, axis: int | None
+    x: Tensor, probability: float, key: MicroBatch, operator: int, axis: int | None
 ) -> Tensor:
     """`x` with elements zeroed at random, the rest scaled by 1 / (1 - probability).
 
@@ -69,7 +55,7 @@ def dropout(
 
 
 def feature_dropout(
-    x: Tensor, probability: float, key: DropoutKey, operator: int, axis: int | None
+    x: Tensor, probability: float, key: MicroBatch, operator: int, axis: int | None
 ) -> Tensor:
     """As `dropout`, whole channels at once: all axes after the second share a mask."""
     if not key.training or probability == 0.0:
@@ -87,7 +73,7 @@ def attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    key: DropoutKey,
+    key: MicroBatch,
     operator: int,
     axis: int | None,
 ) -> Tensor:
@@ -115,14 +101,14 @@ def attention(
 def _scaled_mask(
     x: Tensor,
     probability: float,
-    key: DropoutKey,
+    key: MicroBatch,
     operator: int,
     axis: int | None,
     shape: torch.Size,
 ) -> Tensor:
     if axis is None:
         # Nothing of the samples enters: every micro-batch must meet the mask of "sample 0".
-        one = DropoutKey(seed=key.seed, step=key.step, first_sample=0, num_samples=1)
+        one = MicroBatch(seed=key.seed, step=key.step, first_sample=0, num_samples=1)
         mask = keep_mask(one, operator, probability, shape.numel(), x.device).view(shape)
     else:
         per_sample = shape[axis] // key.num_samples

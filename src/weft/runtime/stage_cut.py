@@ -25,6 +25,7 @@ from weft.graph.capture import Capture
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.runtime import seeded_dropout
 from weft.runtime.block_program import move_node, region_on
+from weft.runtime.micro_batch import split_linear
 
 _DROPOUTS = frozenset({"dropout", "dropout_"})
 _FEATURE_DROPOUTS = frozenset({"feature_dropout", "feature_dropout_"})
@@ -86,7 +87,7 @@ class LeafInput:
 
 @dataclass(frozen=True, kw_only=True)
 class StageProgram:
-    """One stage as a function of (dropout key, sizes..., inputs..., parameters..., buffers...).
+    """One stage as a function of (MicroBatch, sizes..., inputs..., parameters..., buffers...).
 
     It returns its outputs, then for a stage with losses (total, weight) of each. A `weight` of
     None in `losses` stands for the number of samples, and the total for a mean.
@@ -107,23 +108,37 @@ class StageProgram:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCut:
-    """All stages of a plan and what crosses between them."""
+    """All stages of a plan and what crosses between them.
+
+    `fixed_batches` are inputs whose batch torch.export could not keep open, and its size.
+    """
 
     stages: tuple[StageProgram, ...]
     edges: Mapping[tuple[int, int], CutEdge]
     loss_stages: tuple[int, ...]
+    fixed_batches: Mapping[str, int]
 
 
 def cut_stages(
-    capture: Capture, plan: TrainPlan, device: torch.device, *, allow_mixing: bool = False
+    capture: Capture,
+    plan: TrainPlan,
+    device: torch.device,
+    *,
+    allow_mixing: bool = False,
+    split_backward: bool = False,
+    edge_dtype: torch.dtype | None = None,
 ) -> StageCut:
     """The programs of the plan's stages, ready to run on `device`.
 
-    With `allow_mixing` samples of a micro-batch may meet in one tensor (a contrastive loss).
+    With `allow_mixing` samples of a micro-batch may meet in one tensor (a contrastive loss). With
+    `split_backward` linear layers can leave their weights' gradients for later. Floating tensors
+    between stages have `edge_dtype` where it is given.
     Raises UnsupportedError for operators that a pipeline cannot run as one process would
     (BatchNorm in training, unseeded random numbers), PlanError where the plan lacks an edge.
     """
-    return _Cutter(capture, plan, device, allow_mixing).cut()
+    cutter = _Cutter(capture, plan, device, allow_mixing)
+    cutter.split_backward, cutter.edge_dtype = split_backward, edge_dtype
+    return cutter.cut()
 
 
 @dataclass(kw_only=True)
@@ -143,6 +158,8 @@ class _Cutter:
     ) -> None:
         self.capture, self.plan, self.device = capture, plan, device
         self.allow_mixing = allow_mixing
+        self.split_backward = False
+        self.edge_dtype: torch.dtype | None = None
         self.nodes = list(capture.program.graph.nodes)
         self.by_name = {node.name: node for node in self.nodes}
         self.position = {node: i for i, node in enumerate(self.nodes)}
@@ -161,6 +178,8 @@ class _Cutter:
         self.drafts = [_Draft() for _ in plan.stages]
         self.symbols = self._symbols()
         self.from_data = self._from_data()
+        if not allow_mixing:
+            self._check_mixing()
 
     def cut(self) -> StageCut:
         """Collect what each stage needs from the last to the first, then write the programs."""
@@ -179,7 +198,12 @@ class _Cutter:
             for target, draft in enumerate(self.drafts)
             for source in sorted(set(draft.incoming.values()))
         }
-        return StageCut(stages=stages, edges=edges, loss_stages=tuple(sorted(losses)))
+        return StageCut(
+            stages=stages,
+            edges=edges,
+            loss_stages=tuple(sorted(losses)),
+            fixed_batches=self._fixed_batches(),
+        )
 
     # Who owns a node
 
@@ -225,6 +249,19 @@ class _Cutter:
                 raise UnsupportedError(
                     f"forward changes buffer {str(spec.target).removeprefix('module.')!r}, which "
                     "every micro-batch would change again; keep it out of the module"
+                )
+
+    def _check_mixing(self) -> None:
+        """Refuse operators whose result relates samples to each other."""
+        for node in self.owner:
+            value = node.meta.get("val")
+            if not isinstance(value, Tensor):
+                continue
+            if sum(not isinstance(size, int) for size in value.shape) > 1:
+                raise UnsupportedError(
+                    f"{self._where(node)} relates the samples of a micro-batch to each other "
+                    f"(shape {tuple(map(str, value.shape))}), so the result depends on how the "
+                    "batch is cut; declare loss_scope='micro_batch' or 'global'"
                 )
 
     @staticmethod
@@ -361,14 +398,10 @@ class _Cutter:
         value: Tensor = node.meta["val"]
         sizes = tuple(self.size(size) for size in value.shape)
         axes = [i for i, (slope, _) in enumerate(sizes) if slope]
-        if len(axes) > 1 and not self.allow_mixing:
-            raise UnsupportedError(
-                f"{self._where(node)} relates the samples of a micro-batch to each other (shape "
-                f"{tuple(value.shape)}); declare loss_scope='micro_batch' or 'global'"
-            )
         ops = set(self.ops_of_node.get(node) or self.ops_of_node[node.args[0]])  # type: ignore[index]
         inside = set(self.plan.stages[target].ops)
-        needs_grad = value.dtype.is_floating_point and any(
+        floating = value.dtype.is_floating_point
+        needs_grad = floating and any(
             edge.needs_grad
             for edge in self.capture.graph.edges
             if edge.source in ops and edge.target in inside
@@ -376,7 +409,7 @@ class _Cutter:
         edge = self.plan.edge_by_pair[self.owner[node], target]
         return TensorSpec(
             name=node.name,
-            dtype=value.dtype,
+            dtype=self.edge_dtype or value.dtype if floating else value.dtype,
             sizes=sizes,
             axis=axes[0] if len(axes) == 1 and sizes[axes[0]][1] == 0 else None,
             needs_grad=needs_grad and edge.backward_bytes_per_sample > 0,
@@ -411,6 +444,15 @@ class _Cutter:
             size = value.shape[leaf.batch_axis].node
             for symbol in size.expr.free_symbols:
                 found[symbol] = max(1, int(size.hint) // self.capture.batch)
+        return found
+
+    def _fixed_batches(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for leaf in self.capture.leaves:
+            if leaf.batch_axis is not None:
+                size = self.size(self.by_name[leaf.name].meta["val"].shape[leaf.batch_axis])
+                if size[0] == 0:
+                    found[leaf.name] = size[1]
         return found
 
     def size(self, size: Any) -> tuple[int, int]:
@@ -456,7 +498,7 @@ class _Writer:
         """The stage as a module of its placeholders."""
         cutter, order = self.cutter, self.cutter.position
         inside = sorted(self.draft.inside, key=order.__getitem__)
-        self.key = self.graph.placeholder("dropout_key")
+        self.key = self.graph.placeholder("call")
         for size in self._size_list(inside, losses):
             self._size_placeholder(size)
         for node in self.inputs:
@@ -536,6 +578,11 @@ class _Writer:
         seeded = self._seeded(node, name, args, kwargs)
         if seeded is not None:
             self.copied[node] = seeded
+            return
+        if name == "linear" and self.cutter.split_backward:
+            bias = args[2] if len(args) > 2 else None
+            copied = self.graph.call_function(split_linear, (args[0], args[1], bias, self.key))
+            self.copied[node] = copied
             return
         target = _functional(node) or node.target
         copied = self.graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weft.runtime.seeded_dropout import DropoutKey
+from weft.runtime.micro_batch import MicroBatch
 from weft.runtime.stage_cut import StageProgram
 
 
 class StageModule(nn.Module):
     """Runs one stage on one micro-batch; `named_parameters` are those of the model that it uses.
 
-    `forward(key, inputs)` returns the stage's outputs, then the loss values (see StageProgram).
+    `forward(call, inputs)` returns the stage's outputs, then the loss values (see StageProgram).
     The weights are looked up at every call, so whoever swaps them (FSDP2) is obeyed.
     """
 
@@ -53,16 +53,16 @@ class StageModule(nn.Module):
 
     def forward(
         self,
-        key: DropoutKey,
+        call: MicroBatch,
         inputs: Sequence[Tensor],
         weights: Sequence[Tensor] | None = None,
     ) -> tuple[Any, ...]:
-        """One micro-batch of `key.num_samples` samples; `weights` replaces the module's own."""
-        sizes = self._sizes.get(key.num_samples)
+        """One micro-batch of `call.num_samples` samples; `weights` replaces the module's own."""
+        sizes = self._sizes.get(call.num_samples)
         if sizes is None:
-            n = key.num_samples
+            n = call.num_samples
             sizes = tuple(slope * n + fixed for slope, fixed in self.program.sizes)
             self._sizes[n] = sizes
         if weights is None:
             weights = [held[leaf] for held, leaf in self._weights]
-        return self._run(key, *sizes, *inputs, *weights)
+        return self._run(call, *sizes, *inputs, *weights)
