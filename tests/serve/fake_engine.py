@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from serve.fake_finetune import FakeTrainer
 from weft.engine.batch import (
     UNKNOWN_TOKEN,
+    AdapterRef,
     Batch,
     CacheGroup,
     ExecutorInfo,
@@ -83,7 +85,9 @@ class FakeExecutor:
             num_layers=1,
             vocab_size=VOCAB_SIZE,
             max_num_seqs=max_num_seqs,
+            max_finetune_samples=2,
         )
+        self.trainer = FakeTrainer()
         self.max_in_flight = 2
         self._step_s = step_s
         self._starts: dict[int, SequenceStart] = {}
@@ -107,8 +111,15 @@ class FakeExecutor:
                     self._prompt_logprobs(batch, row) for row in batch.prompt_logprob_rows.tolist()
                 ),
                 elapsed_s=self._step_s,
+                finetune=self.trainer.run(batch),
             )
         )
+
+    def load_adapter(self, ref: AdapterRef, path: str) -> None:
+        self.trainer.load_adapter(ref, path)
+
+    def unload_adapter(self, ref: AdapterRef) -> None:
+        self.trainer.unload_adapter(ref)
 
     def collect(self) -> StepResult:
         if self._step_s:
@@ -128,6 +139,9 @@ class FakeExecutor:
         if last == UNKNOWN_TOKEN:
             last = self._last[slot]
         start = self._starts[slot]
+        adapter = int(batch.adapters[row])
+        if adapter >= 0:
+            assert batch.adapter_refs[adapter] in self.trainer.adapters
         if CRASH in start.token_ids[: start.num_prompt_tokens]:
             os._exit(7)
         if last == BAD_LOGITS:
@@ -137,6 +151,8 @@ class FakeExecutor:
         drawn = {} if sampling.is_greedy else {"seed": start.seed, "choice": start.choice}
         position = int(batch.positions[end])
         token = next_token(last, position, **drawn)
+        if adapter >= 0:  # Adapters speak in capitals.
+            token -= ord("a") - ord("A")
         if self._num_sampled[slot] < sampling.min_tokens and token in start.banned_until_min_tokens:
             token = ord("x")
         self._num_sampled[slot] += 1

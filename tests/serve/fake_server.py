@@ -10,12 +10,13 @@ from typing import Any
 
 from serve.fake_engine import write_model_directory
 from weft.base.errors import WeftError
+from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
 from weft.serve.api import ApiConfig
 from weft.serve.api_keys import ApiKeys
 from weft.serve.engine_client import EngineClient
 from weft.serve.engine_config import EngineConfig
 from weft.serve.request_factory import RequestLimits
-from weft.serve.server import ServerConfig, run_server
+from weft.serve.server import ServerConfig, StoreConfig, run_server
 
 MODEL_NAME = "fake/model"
 
@@ -27,11 +28,19 @@ def main(options: dict[str, Any]) -> int:
         config = ServerConfig(
             host=options.get("host", "127.0.0.1"),
             port=options.get("port", 0),
+            store=StoreConfig(
+                directory=Path(options["data_dir"]) if "data_dir" in options else None,
+                database_url=options.get("database_url"),
+                checkpoint_every=options.get("checkpoint_every", 1),
+            ),
             engine=EngineConfig(
                 model=str(model),
                 builder=f"serve.fake_engine:{options.get('builder', 'build')}",
                 max_num_seqs=options.get("max_num_seqs"),
                 trace_path=options.get("trace_path"),
+                finetune=FinetuneConfig(
+                    policy=FinetunePolicy(options.get("policy", "finetune-only"))
+                ),
             ),
             api=ApiConfig(
                 model_names=(MODEL_NAME, "alias"),

@@ -86,7 +86,7 @@ def _job(store: Store, name: str = "ftjob-1", **values: Any) -> StoredJob:
             **values,
         }
     )
-    store.add_job(job)
+    store.add_job(job, "created")
     return job
 
 
@@ -154,7 +154,7 @@ def test_events_are_newest_first_with_a_cursor(store: Store) -> None:
     assert [event.step for event in first.items] == [5, 4]
     assert first.has_more
     cursor = f"ftevent-{first.items[-1].number}"
-    assert [event.step for event in store.events(job.id, after=cursor).items] == [3, 2, 1]
+    assert [e.step for e in store.events(job.id, after=cursor).items] == [3, 2, 1, None]
     with pytest.raises(NotFoundError):
         store.events(job.id, after="nonsense")
 
@@ -238,7 +238,7 @@ def _adapter(store: Store, job: StoredJob) -> StoredAdapter:
         directory=store.take_adapter(job.id, final),
         created_at=1,
     )
-    store.add_adapter(adapter, {"status": StoredStatus.SUCCEEDED})
+    store.finish_job(job, StoredStatus.SUCCEEDED, "done", results=b"step\n", adapter=adapter)
     return adapter
 
 
@@ -248,9 +248,13 @@ def test_an_adapter_is_there_with_the_end_of_its_job(open_store: OpenStore) -> N
     adapter = _adapter(store, job)
     again = open_store()
     assert again.adapters() == [adapter]
-    assert again.job("t", job.id).status is StoredStatus.SUCCEEDED
+    done = again.job("t", job.id)
+    assert done.status is StoredStatus.SUCCEEDED
+    assert done.fine_tuned_model == adapter.name
+    assert again.read_file("t", done.result_file or "") == b"step\n"
+    assert again.events(job.id).items[0].message == "done"
     assert (again.adapter_path(adapter) / "adapter_config.json").is_file()
-    assert again.sweep() == [f"jobs/{job.id}"]
+    assert again.sweep() == []
     with pytest.raises(NotFoundError):
         again.delete_adapter("other", adapter.name)
     again.delete_adapter("t", adapter.name)

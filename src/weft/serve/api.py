@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,11 +18,14 @@ from starlette.responses import Response
 import weft
 from weft.base.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
 from weft.model.tokenizer import Tokenizer
-from weft.serve.api_keys import ANYONE, ApiKeys, Tenant
+from weft.serve.api_keys import ApiKeys, tenant_of
 from weft.serve.chat import ChatWriter
 from weft.serve.completions import CompletionWriter
 from weft.serve.engine_client import EngineClient
 from weft.serve.event_stream import EventStream, hang_up_calls
+from weft.serve.finetune_api import FinetuneApi
+from weft.serve.finetune_bodies import JobBody
+from weft.serve.finetune_service import FinetuneService
 from weft.serve.gate import Gate
 from weft.serve.generation import ClientGoneError, Generation
 from weft.serve.http_errors import DrainingError, HttpError, as_http_error, is_unexpected
@@ -39,9 +41,16 @@ from weft.serve.protocol import (
 )
 from weft.serve.request_factory import Prepared, RequestFactory, RequestLimits
 from weft.serve.responses import encode_json
+from weft.serve.served_models import ServedModels
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_BODIES: tuple[type[Body], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+_BODIES: tuple[type[Body], ...] = (
+    CompletionBody,
+    ChatBody,
+    TokenizeBody,
+    DetokenizeBody,
+    JobBody,
+)
 _SCHEMAS = "#/components/schemas/"
 _INLINE_TOKENS = 4096
 _MAX_UNKNOWN_NAMED = 10
@@ -76,8 +85,18 @@ class ApiConfig:
 class Api:
     """Handlers and the little state that they share."""
 
-    def __init__(self, config: ApiConfig, client: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: ApiConfig,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        *,
+        models: ServedModels | None = None,
+        finetuning: FinetuneService | None = None,
+    ) -> None:
         self.config = config
+        self.served_models = models or ServedModels(config.model_names, client)
+        self._finetuning = finetuning
         self.client = client
         self.tokenizer = tokenizer
         self.is_draining = False
@@ -90,7 +109,6 @@ class Api:
             sampling_defaults=client.info.sampling_defaults,
             limits=config.limits,
         )
-        self._created = int(time.time())
         self._fingerprint = f"weft-{weft.__version__}"
         self._max_live = client.info.max_num_seqs + config.max_waiting
         self._warned: set[str] = set()
@@ -101,7 +119,10 @@ class Api:
             title="Weft", version=weft.__version__, redoc_url=None, redirect_slashes=False
         )
         app.add_middleware(
-            Gate, keys=self.config.keys, max_body_bytes=self.config.limits.max_body_bytes
+            Gate,
+            keys=self.config.keys,
+            max_body_bytes=self.config.limits.max_body_bytes,
+            max_file_bytes=self.config.limits.max_file_bytes,
         )
         app.add_exception_handler(HTTPException, _on_http_exception)
         app.add_exception_handler(Exception, _on_error)
@@ -117,13 +138,15 @@ class Api:
         """Complete one or several prompts."""
         self._check_open()
         body = await self._read(request, CompletionBody)
-        prepared = await self._factory.completions(body, _tenant(request))
+        tenant = tenant_of(request)
+        model = self.served_models.resolve(body.model, tenant.name)
+        prepared = await self._factory.completions(body, tenant, adapter=model.adapter)
         generation = self._generate(prepared, is_streamed=bool(body.stream))
         writer = CompletionWriter(
             body,
             generation,
             self.tokenizer,
-            model=self.config.model_names[0],
+            model=model.name,
             fingerprint=self._fingerprint,
         )
         return await self._answer(request, writer, generation, is_streamed=bool(body.stream))
@@ -132,13 +155,15 @@ class Api:
         """Answer a conversation."""
         self._check_open()
         body = await self._read(request, ChatBody)
-        prepared = await self._factory.chat(body, _tenant(request))
+        tenant = tenant_of(request)
+        model = self.served_models.resolve(body.model, tenant.name)
+        prepared = await self._factory.chat(body, tenant, adapter=model.adapter)
         generation = self._generate([prepared], is_streamed=bool(body.stream))
         writer = ChatWriter(
             body,
             generation,
             self.tokenizer,
-            model=self.config.model_names[0],
+            model=model.name,
             fingerprint=self._fingerprint,
         )
         return await self._answer(request, writer, generation, is_streamed=bool(body.stream))
@@ -181,6 +206,7 @@ class Api:
         """Text or conversation to token ids."""
         self._check_open()
         body = await self._read(request, TokenizeBody)
+        self.served_models.resolve(body.model, tenant_of(request).name)
         tokens = await self._factory.tokenize(body)
         answer: dict[str, Any] = {
             "count": len(tokens),
@@ -197,6 +223,7 @@ class Api:
         """Token ids to text."""
         self._check_open()
         body = await self._read(request, DetokenizeBody)
+        self.served_models.resolve(body.model, tenant_of(request).name)
         try:
             tokens = self.tokenizer.check_ids(body.tokens, num_ids=self.client.info.vocab_size)
         except InvalidRequestError as error:
@@ -205,17 +232,29 @@ class Api:
 
     # ---- about the server ----
 
-    async def models(self) -> Response:
-        """All names that are served."""
+    async def models(self, request: Request) -> Response:
+        """All names that are served to the caller."""
         self._check_open()
-        data = [self._card(name) for name in self.config.model_names]
-        return _json({"object": "list", "data": data})
+        cards = self.served_models.cards(tenant_of(request).name, self.client.info.max_model_len)
+        return _json({"object": "list", "data": cards})
 
-    async def model(self, model: str) -> Response:
+    async def model(self, request: Request, model: str) -> Response:
         """One name."""
         self._check_open()
-        self._check_model(model)
-        return _json(self._card(model))
+        tenant = tenant_of(request).name
+        return _json(self.served_models.card(model, tenant, self.client.info.max_model_len))
+
+    async def delete_model(self, request: Request, model: str) -> Response:
+        """Delete a fine-tuned model; requests that run keep it to their end."""
+        self._check_open()
+        tenant = tenant_of(request).name
+        self.served_models.resolve(model, tenant)
+        if self._finetuning is None or not model.startswith("ft:"):
+            raise InvalidRequestError(
+                f"model {model!r} cannot be deleted; only fine-tuned models (ft:...) can", "model"
+            )
+        await self._finetuning.delete_adapter(tenant, model)
+        return _json({"id": model, "object": "model", "deleted": True})
 
     async def health(self) -> Response:
         """200 while requests are taken, 503 otherwise."""
@@ -238,14 +277,6 @@ class Api:
         if self.is_draining:
             raise DrainingError("the server is shutting down; ask another one")
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.config.model_names:
-            raise InvalidRequestError(
-                f"model {name!r} is not served here; served: {', '.join(self.config.model_names)}",
-                "model",
-                "model_not_found",
-            )
-
     async def _read(self, request: Request, kind: type[B]) -> B:
         try:
             body = kind.model_validate_json(await request.body())
@@ -254,7 +285,6 @@ class Api:
                 error.errors(include_url=False, include_context=False, include_input=False)
             )
             raise InvalidRequestError(message, param) from None
-        self._check_model(getattr(body, "model", None))
         self._check_unknown(body)
         return body
 
@@ -274,17 +304,6 @@ class Api:
         if names not in self._warned and len(self._warned) < 1000:
             self._warned.add(names)
             logger.warning("unknown parameters are ignored: %s", names)
-
-    def _card(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "weft",
-            "root": self.config.model_names[0],
-            "parent": None,
-            "max_model_len": self.client.info.max_model_len,
-        }
 
     def _add_routes(self, app: FastAPI) -> None:
         posts = (
@@ -317,6 +336,18 @@ class Api:
         )
         for path, handler in gets:
             app.add_api_route(path, handler, methods=["GET"], response_class=Response)
+        app.add_api_route(
+            "/v1/models/{model:path}",
+            self.delete_model,
+            methods=["DELETE"],
+            response_class=Response,
+        )
+        if self._finetuning is not None:
+            FinetuneApi(
+                self._finetuning,
+                read_job=lambda request: self._read(request, JobBody),
+                check_open=self._check_open,
+            ).add_routes(app)
         # Load balancers ask so.
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
 
@@ -329,10 +360,6 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     429: {"description": "The queue is full."},
     503: {"description": "The server is draining, or its engine is gone."},
 }
-
-
-def _tenant(request: Request) -> Tenant:
-    return getattr(request.state, "tenant", ANYONE)
 
 
 async def _beside(num_tokens: int, work: Callable[[], T]) -> T:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
+
 from weft.base.errors import ConfigError
 
 
@@ -22,10 +24,17 @@ class Tenant:
     """Prefix blocks are shared only within one tenant."""
     priority: int | None = None
     """The most urgent priority that its requests may have; None leaves it to them."""
+    weight: float = 1.0
+    """Its share of the finetuning tokens, relative to other tenants'."""
 
 
 ANYONE = Tenant()
 """Every caller of a server without keys."""
+
+
+def tenant_of(request: Request) -> Tenant:
+    """On whose behalf an HTTP request runs, as the gate has found."""
+    return getattr(request.state, "tenant", ANYONE)
 
 
 class ApiKeys:
@@ -38,8 +47,8 @@ class ApiKeys:
     def load(cls, keys: Iterable[str], file: str | Path | None) -> ApiKeys:
         """Keys of the command line, and of a file.
 
-        The file is JSON, `{key: tenant name}` or `{key: {"tenant": name, "priority": number}}`,
-        or plain lines of one key each, which all belong to one tenant.
+        The file is JSON, `{key: tenant name}` or `{key: {"tenant": name, "priority": number,
+        "weight": number}}`, or plain lines of one key each, which all belong to one tenant.
 
         Raises:
             ConfigError: the file cannot be read, or a key is empty.
@@ -116,10 +125,13 @@ def _tenant(path: Path, key: str, entry: Any) -> Tenant:
         return Tenant(name=entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("tenant"), str):
         raise ConfigError(f'{label} needs a tenant name, or {{"tenant": name, "priority": number}}')
-    unknown = set(entry) - {"tenant", "priority"}
+    unknown = set(entry) - {"tenant", "priority", "weight"}
     if unknown:
         raise ConfigError(f"{label} has unknown settings: {', '.join(sorted(unknown))}")
     priority = entry.get("priority")
     if priority is not None and (not isinstance(priority, int) or isinstance(priority, bool)):
         raise ConfigError(f"{label} has priority {priority!r}; a whole number is needed")
-    return Tenant(name=entry["tenant"], priority=priority)
+    weight = entry.get("weight", 1.0)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < 1e6:
+        raise ConfigError(f"{label} has weight {weight!r}; a positive number is needed")
+    return Tenant(name=entry["tenant"], priority=priority, weight=float(weight))

@@ -65,6 +65,7 @@ jobs = sa.Table(
     sa.Column("step", sa.BigInteger, nullable=False),
     sa.Column("num_steps", sa.BigInteger, nullable=False),
     sa.Column("trained_tokens", sa.BigInteger, nullable=False),
+    sa.Column("epoch_tokens", sa.BigInteger, nullable=False),
 )
 events = sa.Table(
     "weft_job_events",

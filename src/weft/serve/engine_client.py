@@ -23,23 +23,31 @@ import zmq.asyncio
 
 from weft.base import errors
 from weft.base.errors import ConfigError, EngineDeadError, InvalidRequestError, WeftError
+from weft.engine.batch import AdapterRef
+from weft.engine.finetune import FinetuneEvent, FinetuneJobSpec
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.engine_process import FROM_ENGINE_SOCKET, TO_ENGINE_SOCKET, open_socket
 from weft.serve.messages import (
+    AddJob,
+    Answer,
     Cancel,
     Checked,
     CheckIntegrity,
     Configure,
+    ControlJob,
     Failed,
     FinishChoice,
     FromEngine,
+    JobAction,
+    LoadAdapter,
     Progress,
     Ready,
     Rejected,
     Shutdown,
     Submit,
     ToEngine,
+    UnloadAdapter,
     decode_from_engine,
     encode,
 )
@@ -158,6 +166,8 @@ class EngineClient:
         self._async_inbox: zmq.asyncio.Socket | None = None
         self._live: dict[str, LiveRequest] = {}
         self._checks: list[asyncio.Future[Checked]] = []
+        self._calls: dict[int, asyncio.Future[None]] = {}
+        self._num_calls = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._is_closing = False
         self._failure: str | None = None
@@ -165,6 +175,8 @@ class EngineClient:
         self.stats: EngineStats | None = None
         """The engine's latest word on itself; None before its first iteration."""
         self.observer: UpdateObserver | None = None
+        self.on_finetune_events: Callable[[list[FinetuneEvent]], None] | None = None
+        """Called in the event loop with news of jobs, in order."""
         self.on_death: Callable[[], None] | None = None
         """Called once, in the event loop, when the engine dies uninvited."""
         self.death: EngineDeadError | None = None
@@ -205,6 +217,11 @@ class EngineClient:
         if self._info is None:
             raise EngineDeadError("the engine is not ready")
         return self._info
+
+    @property
+    def directory(self) -> Path:
+        """Private to the user, and gone with the engine, even where its owner is killed."""
+        return self._directory
 
     @property
     def pid(self) -> int:
@@ -263,6 +280,50 @@ class EngineClient:
         for live in list(mailbox.live.values()):
             self._send(Cancel(request_id=live.request.id))
             self._end(live)
+
+    async def add_job(self, spec: FinetuneJobSpec) -> None:
+        """Start a finetuning job; its news come to `on_finetune_events`.
+
+        Raises:
+            WeftError: the engine refuses it: it does not fit, or not the model.
+            EngineDeadError: the engine is gone.
+        """
+        await self._call(lambda call_id: AddJob.of(call_id, spec))
+
+    async def control_job(self, job_id: str, action: JobAction) -> None:
+        """Cancel, pause or resume a job.
+
+        Raises:
+            WeftError: there is no such job, or it is in no state for that.
+            EngineDeadError: the engine is gone.
+        """
+        await self._call(lambda call_id: ControlJob(call_id=call_id, job_id=job_id, action=action))
+
+    async def load_adapter(self, ref: AdapterRef, path: str) -> None:
+        """Let the engine read an adapter directory and serve it as a version.
+
+        Raises:
+            WeftError: the engine refuses it: it is malformed, or of another base.
+            EngineDeadError: the engine is gone.
+        """
+        await self._call(lambda call_id: LoadAdapter(call_id=call_id, ref=ref, path=path))
+
+    async def unload_adapter(self, ref: AdapterRef) -> None:
+        """Let the engine drop a version once no request uses it.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+        """
+        await self._call(lambda call_id: UnloadAdapter(call_id=call_id, ref=ref))
+
+    async def _call(self, message: Callable[[int], ToEngine]) -> None:
+        if self.death is not None:
+            raise copy.copy(self.death)
+        self._num_calls += 1
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls[self._num_calls] = answer
+        self._send(message(self._num_calls))
+        await answer
 
     async def check_integrity(self) -> EngineStats:
         """Let the engine verify its pages and sequences.
@@ -338,13 +399,22 @@ class EngineClient:
 
     def _dispatch(self, message: FromEngine) -> None:
         match message:
-            case Progress(updates=updates, rejected=rejected, stats=stats):
+            case Progress(updates=updates, rejected=rejected, stats=stats, news=news):
                 self.stats = stats
                 now_s = time.monotonic()
                 for update in updates:
                     self._deliver(update, now_s)
                 for refusal in rejected:
                     self._refuse(refusal)
+                if news and self.on_finetune_events is not None:
+                    self.on_finetune_events([item.event for item in news])
+            case Answer(call_id=call_id, error=error, message=text):
+                answer = self._calls.pop(call_id, None)
+                if answer is not None and not answer.done():
+                    if error:
+                        answer.set_exception(_as_error(Failed(error=error, message=text)))
+                    else:
+                        answer.set_result(None)
             case Checked():
                 if self._checks:
                     self._checks.pop(0).set_result(message)
@@ -407,9 +477,10 @@ class EngineClient:
         for live in list(self._live.values()):
             live.mailbox.fail(error)
             self._end(live)
-        for answer in self._checks:
+        calls, self._calls = self._calls, {}
+        for answer in (*self._checks, *calls.values()):
             if not answer.done():
-                answer.set_exception(error)
+                answer.set_exception(copy.copy(error))
 
     def _release(self) -> None:
         if self._process.poll() is None:

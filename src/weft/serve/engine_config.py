@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weft.base.errors import ConfigError
 from weft.engine.config import check_whole
+from weft.engine.finetune_limits import FinetuneConfig
 
 RUNTIME_BUILDER = "weft.serve.model_builder:build"
 """Builds the executor that runs a model directory on this machine's devices."""
@@ -16,6 +17,7 @@ _LOWEST = {
     "max_num_batched_tokens": 1,
     "kv_cache_memory_bytes": 1,
     "num_threads": 1,
+    "memory_budget_bytes": 1,
 }
 
 
@@ -40,6 +42,10 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     trace_path: str | None = None
     """Where the Perfetto trace of every iteration is written when the engine closes."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """How finetuning shares the iterations."""
+    memory_budget_bytes: int | None = None
+    """Of everything but the weights: the KV cache is a reserve in it, jobs get the rest."""
     builder: str = RUNTIME_BUILDER
     """`module:function` from an `EngineConfig` to a `BuiltExecutor`, imported in the engine."""
 

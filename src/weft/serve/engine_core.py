@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Protocol, runtime_checkable
 
 from weft.base.clock import Clock, WallClock
-from weft.base.errors import ConfigError
+from weft.base.errors import ConfigError, UnsupportedError
 from weft.base.trace import TraceWriter
+from weft.engine.batch import AdapterRef
 from weft.engine.config import PolicyConfig
-from weft.engine.continuous import ContinuousBatching
+from weft.engine.coserve import CoServing
 from weft.engine.executor import BatchExecutor
+from weft.engine.finetune import FinetuneEvent, FinetuneJobSpec
+from weft.engine.finetune_limits import FinetuneMemory
 from weft.engine.loop import EngineLoop
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.iteration_trace import TracedExecutor
+from weft.serve.messages import JobAction
+
+
+@runtime_checkable
+class AdapterLoading(Protocol):
+    """An executor that serves adapters."""
+
+    def load_adapter(self, ref: AdapterRef, path: str) -> None:
+        """Read an adapter directory."""
+        ...
+
+    def unload_adapter(self, ref: AdapterRef) -> None:
+        """Drop a version."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +48,8 @@ class BuiltExecutor:
     dtype: str
     device: str
     sampling_defaults: dict[str, int | float] = field(default_factory=dict[str, int | float])
+    finetune_memory: FinetuneMemory | None = None
+    """What jobs may take; None leaves it unbounded."""
 
 
 class EngineCore:
@@ -41,9 +61,10 @@ class EngineCore:
             TraceWriter.check_path(config.trace_path)
         built = _find_builder(config.builder)(config)
         self._executor: BatchExecutor = built.executor
+        self._host: object = built.executor
         try:
             info = self._executor.info
-            self._policy = ContinuousBatching(
+            self._policy = CoServing(
                 PolicyConfig(
                     max_model_len=built.max_model_len,
                     max_num_batched_tokens=built.max_num_batched_tokens,
@@ -53,6 +74,8 @@ class EngineCore:
                 ),
                 info,
                 clock,
+                finetune=config.finetune,
+                memory=built.finetune_memory,
             )
         except BaseException:
             self._executor.close()
@@ -102,6 +125,49 @@ class EngineCore:
         """End one choice whose stop string was seen; False if it is not here."""
         return self._policy.finish(request_id, choice)
 
+    def add_job(self, spec: FinetuneJobSpec) -> None:
+        """Queue a finetuning job; its news come from `take_finetune_events`.
+
+        Raises:
+            ConfigError: its settings do not fit the model.
+            OutOfMemoryError: it does not fit the memory; the message says what would do.
+            UnsupportedError: this engine does not finetune.
+        """
+        self._policy.add_job(spec)
+
+    def control_job(self, job_id: str, action: JobAction) -> None:
+        """Cancel, pause or resume a job.
+
+        Raises:
+            ConfigError: there is no such job.
+            UnsupportedError: this engine does not finetune.
+        """
+        match action:
+            case JobAction.CANCEL:
+                is_here = self._policy.cancel_job(job_id)
+            case JobAction.PAUSE:
+                is_here = self._policy.pause_job(job_id)
+            case JobAction.RESUME:
+                is_here = self._policy.resume_job(job_id)
+        if not is_here:
+            raise ConfigError(f"job {job_id!r} is not here; it has ended")
+
+    def take_finetune_events(self) -> list[FinetuneEvent]:
+        """News of all jobs since the last call, in order."""
+        return self._policy.take_finetune_events()
+
+    def load_adapter(self, ref: AdapterRef, path: str) -> None:
+        """Read an adapter directory and serve it as a version.
+
+        Raises:
+            WeftError: it is malformed or of another base, or this engine has no adapters.
+        """
+        self._adapters().load_adapter(ref, path)
+
+    def unload_adapter(self, ref: AdapterRef) -> None:
+        """Drop a version once no request uses it."""
+        self._adapters().unload_adapter(ref)
+
     def step(self) -> list[SequenceUpdate]:
         """Run one iteration."""
         return self._loop.step()
@@ -117,6 +183,11 @@ class EngineCore:
             IntegrityError: one is broken.
         """
         self._policy.check_integrity()
+
+    def _adapters(self) -> AdapterLoading:
+        if not isinstance(self._host, AdapterLoading):
+            raise UnsupportedError("this engine does not serve adapters")
+        return self._host
 
     def close(self) -> None:
         """Give back memory and threads; writes the trace, if one was asked for."""

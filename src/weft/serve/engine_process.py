@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -22,19 +23,25 @@ import zmq
 from weft.base.errors import ConfigError, IntegrityError, InvalidRequestError, WeftError
 from weft.serve.engine_core import EngineCore
 from weft.serve.messages import (
+    AddJob,
+    Answer,
     Cancel,
     Checked,
     CheckIntegrity,
     Configure,
+    ControlJob,
     Failed,
     FinishChoice,
     FromEngine,
+    JobNews,
+    LoadAdapter,
     Progress,
     Ready,
     Rejected,
     Shutdown,
     Submit,
     ToEngine,
+    UnloadAdapter,
     decode_to_engine,
     encode,
 )
@@ -66,11 +73,13 @@ class EngineServer:
         while not self._is_told_to_stop:
             heard = self._listen()
             updates = self._core.step() if self._core.has_work else []
+            events = self._core.take_finetune_events()
             now_s = time.monotonic()
-            if updates or heard or now_s - self._sent_at_s > _STATS_INTERVAL_S:
+            if updates or events or heard or now_s - self._sent_at_s > _STATS_INTERVAL_S:
                 rejected, self._rejected = self._rejected, []
                 stats = self._core.stats()
-                self._send(Progress(updates=updates, rejected=rejected, stats=stats))
+                news = [JobNews.of(event) for event in events]
+                self._send(Progress(updates=updates, rejected=rejected, stats=stats, news=news))
                 self._sent_at_s = now_s
 
     def _listen(self) -> bool:
@@ -84,6 +93,7 @@ class EngineServer:
         return True
 
     def _handle(self, message: ToEngine) -> None:
+        core = self._core
         match message:
             case Submit(request=request):
                 try:
@@ -103,10 +113,30 @@ class EngineServer:
                 self._core.finish(request_id, choice)
             case CheckIntegrity():
                 self._send(self._check())
+            case AddJob():
+                self._answer(message.call_id, lambda: core.add_job(message.whole()))
+            case ControlJob():
+                self._answer(
+                    message.call_id, lambda: core.control_job(message.job_id, message.action)
+                )
+            case LoadAdapter():
+                self._answer(message.call_id, lambda: core.load_adapter(message.ref, message.path))
+            case UnloadAdapter():
+                self._answer(message.call_id, lambda: core.unload_adapter(message.ref))
             case Shutdown():
                 self._is_told_to_stop = True
             case Configure():
                 raise ConfigError("an engine is configured once")
+
+    def _answer(self, call_id: int, work: Callable[[], None]) -> None:
+        """Do what was asked of a job or an adapter; what is wrong with it its caller hears."""
+        try:
+            work()
+        except WeftError as error:
+            name, text = type(error).__name__, str(error)
+            self._send(Answer(call_id=call_id, error=name, message=text))
+        else:
+            self._send(Answer(call_id=call_id))
 
     def _check(self) -> Checked:
         try:

@@ -13,6 +13,7 @@ from weft.serve.api_keys import ApiKeys
 from weft.serve.http_errors import HttpError
 
 _OPEN_PATHS = frozenset(("/health", "/version", "/metrics"))
+_UPLOAD_PATH = "/v1/files"
 _MAX_REQUEST_ID_CHARS = 256
 _TOO_LARGE = 413
 _DRAIN_BYTES = 64 * 2**20
@@ -22,10 +23,13 @@ _DRAIN_S = 5.0
 class Gate:
     """ASGI middleware: echoes X-Request-Id, checks the API key, bounds the body."""
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: ApiKeys, max_body_bytes: int, max_file_bytes: int
+    ) -> None:
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes
+        self._max_file_bytes = max_file_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -48,7 +52,7 @@ class Gate:
                 await _drain(receive)
             await error.response()(scope, receive, send_with_id)
             return
-        await self._app(scope, self._bounded(receive), send_with_id)
+        await self._app(scope, self._bounded(receive, scope["path"]), send_with_id)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] not in _OPEN_PATHS:
@@ -64,10 +68,13 @@ class Gate:
                 )
             scope["state"]["tenant"] = tenant
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            raise self._too_large()
+        if length.isdigit() and int(length) > self._most(scope["path"]):
+            raise self._too_large(scope["path"])
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _most(self, path: str) -> int:
+        return self._max_file_bytes if path == _UPLOAD_PATH else self._max_body_bytes
+
+    def _bounded(self, receive: Receive, path: str) -> Receive:
         """Counts what arrives, for bodies that do not announce their length."""
         num_bytes = 0
 
@@ -76,19 +83,20 @@ class Gate:
             message = await receive()
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_body_bytes:
+                if num_bytes > self._most(path):
                     if message.get("more_body", False):
                         await _drain(receive)
-                    raise self._too_large()
+                    raise self._too_large(path)
             return message
 
         return bounded
 
-    def _too_large(self) -> HttpError:
+    def _too_large(self, path: str) -> HttpError:
+        option = "--max-file-bytes" if path == _UPLOAD_PATH else "--max-body-bytes"
         return HttpError(
             status=_TOO_LARGE,
-            message=f"the body is larger than the {self._max_body_bytes} bytes that this server "
-            "takes (--max-body-bytes)",
+            message=f"the body is larger than the {self._most(path)} bytes that this server "
+            f"takes ({option})",
             code="body_too_large",
             headers={"Connection": "close"},
         )

@@ -15,8 +15,11 @@ from weft.base.errors import (
     WeftError,
 )
 from weft.serve.responses import encode_json
+from weft.serve.store import StorageError
 
 _INTERNAL_ERROR = "internal_error"
+_STATUSES = {"model_not_found": 404, "not_found": 404, "in_use": 409, "wrong_state": 409}
+"""Of refusals, by their codes; 400 for all others."""
 
 
 class GenerationFailedError(WeftError, RuntimeError):
@@ -65,12 +68,16 @@ def as_http_error(error: BaseException) -> HttpError:
         case HttpError():
             return error
         case InvalidRequestError():
-            status = 404 if error.code == "model_not_found" else 400
+            status = _STATUSES.get(error.code or "", 400)
             return HttpError(
                 status=status, message=error.message, param=error.param, code=error.code
             )
         case UnsupportedError():
             return HttpError(status=400, message=str(error), code="unsupported")
+        case StorageError():
+            return HttpError(
+                status=507, message=str(error), type="server_error", code="insufficient_storage"
+            )
         case QueueFullError():
             return HttpError(
                 status=429,

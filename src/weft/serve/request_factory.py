@@ -12,6 +12,7 @@ from typing import Any
 
 from weft.base.errors import ConfigError, InvalidRequestError
 from weft.engine.admission import Admission
+from weft.engine.batch import AdapterRef
 from weft.engine.config import PolicyConfig
 from weft.engine.request import Request
 from weft.engine.sampling import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
@@ -65,6 +66,8 @@ class RequestLimits:
     """
 
     max_body_bytes: int = 16 * 2**20
+    max_file_bytes: int = 128 * 2**20
+    """Of an upload."""
     max_prompts: int = 1024
     """Prompts of one completions request."""
     max_choices: int = 128
@@ -114,7 +117,9 @@ class RequestFactory:
         )
         self._max_prompt_chars = info.max_model_len * max(longest, 8)
 
-    async def completions(self, body: CompletionBody, tenant: Tenant) -> list[Prepared]:
+    async def completions(
+        self, body: CompletionBody, tenant: Tenant, *, adapter: AdapterRef | None = None
+    ) -> list[Prepared]:
         """One request a prompt."""
         check_parameters("completions", _given(body, exclude={"best_of"}))
         if body.best_of is not None and body.best_of != (body.n or 1):
@@ -141,13 +146,16 @@ class RequestFactory:
                     max_tokens=("max_tokens", body.max_tokens),
                     default_max_tokens=DEFAULT_COMPLETION_TOKENS,
                     logprobs=body.logprobs,
+                    adapter=adapter,
                     **overrides,
                 ),
             )
             for text, token_ids in prompts
         ]
 
-    async def chat(self, body: ChatBody, tenant: Tenant) -> Prepared:
+    async def chat(
+        self, body: ChatBody, tenant: Tenant, *, adapter: AdapterRef | None = None
+    ) -> Prepared:
         """One request, its prompt written by the model's chat template."""
         check_parameters("chat", _given(body))
         _check_stream_options(body)
@@ -176,6 +184,7 @@ class RequestFactory:
             max_tokens=(name, getattr(body, name)),
             default_max_tokens=None,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            adapter=adapter,
         )
         return Prepared(prompt=None, request=request)
 
@@ -274,6 +283,7 @@ class RequestFactory:
         max_tokens: tuple[str, int | None],
         default_max_tokens: int | None,
         logprobs: int | None,
+        adapter: AdapterRef | None,
         **overrides: Any,
     ) -> Request:
         given = {name: getattr(body, name) for name in _SAMPLING_FIELDS}
@@ -301,6 +311,7 @@ class RequestFactory:
                 prompt_token_ids=tuple(token_ids),
                 sampling=sampling,
                 priority=_priority(body.priority, tenant),
+                adapter=adapter,
                 cache_salt=f"{tenant.name}\0{body.cache_salt or ''}",
                 arrival_s=time.monotonic(),
             )

@@ -9,16 +9,21 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import uvicorn
 
 from weft.base.errors import ConfigError
+from weft.engine.config import check_whole
 from weft.model.tokenizer import Tokenizer
 from weft.serve.api import Api, ApiConfig
 from weft.serve.engine_client import EngineClient
 from weft.serve.engine_config import EngineConfig
+from weft.serve.finetune_service import FinetuneService, FinetuneServiceConfig
 from weft.serve.http_errors import DrainingError
+from weft.serve.served_models import ServedModels
+from weft.serve.store import Store
 
 DEATH_GRACE_S = 2.0
 """After the engine's death requests hear 503 for so long, then the server exits with 1."""
@@ -28,6 +33,25 @@ EXIT_ENGINE_DEAD = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger("weft.server")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """Where files, jobs and adapters are kept.
+
+    Raises:
+        ConfigError: `checkpoint_every` is below 1.
+    """
+
+    directory: Path | None = None
+    """None: a temporary one, gone with the server."""
+    database_url: str | None = None
+    """None: SQLite in the directory."""
+    checkpoint_every: int = 1
+    """Optimizer steps of a job between its checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_whole("checkpoint_every", self.checkpoint_every, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +64,7 @@ class ServerConfig:
     port: int = 8000
     """0 lets the system choose."""
     access_log: bool = False
+    store: StoreConfig = field(default_factory=StoreConfig)
 
 
 def run_server(
@@ -54,18 +79,27 @@ def run_server(
         WeftError: what the engine raised while it was built.
     """
     listener = _bind(config.host, config.port)
-    try:
-        with _terminate_raises():
-            client = EngineClient.start(config.engine)
-    except BaseException:
-        listener.close()
-        raise
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            # Before the model loads, where it can: what is wrong with it is said at once.
+            store = None if config.store.directory is None else _open_store(config.store)
+            with _terminate_raises():
+                client = EngineClient.start(config.engine)
+        except BaseException:
+            listener.close()
+            raise
+        stack.callback(client.close)
+        if store is None:  # The engine sees to it that this directory goes with the server.
+            store = _open_store(replace(config.store, directory=client.directory / "data"))
+        stack.callback(store.close)
         tokenizer = Tokenizer.from_directory(client.info.model_path)
-        server = _Server(config, client, tokenizer, listener)
+        server = _Server(config, client, tokenizer, listener, store)
         return asyncio.run(server.run(on_ready))
-    finally:
-        client.close()
+
+
+def _open_store(config: StoreConfig) -> Store:
+    assert config.directory is not None
+    return Store(config.directory, config.database_url)
 
 
 class _Server:
@@ -77,10 +111,23 @@ class _Server:
         client: EngineClient,
         tokenizer: Tokenizer,
         listener: socket.socket,
+        store: Store,
     ) -> None:
         self._client = client
         self._listener = listener
-        self._api = Api(config.api, client, tokenizer)
+        models = ServedModels(config.api.model_names, client)
+        self._finetuning = FinetuneService(
+            store,
+            client,
+            tokenizer,
+            FinetuneServiceConfig(
+                base_names=config.api.model_names,
+                max_model_len=client.info.max_model_len,
+                checkpoint_every=config.store.checkpoint_every,
+            ),
+            models,
+        )
+        self._api = Api(config.api, client, tokenizer, models=models, finetuning=self._finetuning)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 self._api.app(),
@@ -97,6 +144,7 @@ class _Server:
     async def run(self, on_ready: Callable[[str, EngineClient], None] | None) -> int:
         self._client.on_death = lambda: self._spawn(self._end_after_death())
         self._client.attach()
+        await self._finetuning.start()
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
@@ -104,6 +152,7 @@ class _Server:
         gc.collect()
         gc.freeze()  # Modules and schemas never die; later collections skip them.
         await self._uvicorn.serve(sockets=[self._listener])
+        await self._finetuning.close()
         return self._exit_code
 
     def _on_signal(self, number: int) -> None:

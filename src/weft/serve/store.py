@@ -120,6 +120,8 @@ class StoredJob:
     """Optimizer steps done."""
     num_steps: int = 0
     trained_tokens: int = 0
+    epoch_tokens: int = 0
+    """Tokens of all samples, once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,15 +193,7 @@ class Store:
 
     def add_file(self, tenant: str, *, filename: str, purpose: Purpose, data: bytes) -> StoredFile:
         """Keep a file; it is on disk in full before its row is."""
-        file = StoredFile(
-            id=f"file-{uuid.uuid4().hex}",
-            tenant=tenant,
-            filename=filename,
-            purpose=purpose,
-            num_bytes=len(data),
-            created_at=_now(),
-            number=time.time_ns(),
-        )
+        file = _new_file(tenant, filename, purpose, data)
         with self._writing() as connection:
             _write_file(self.file_path(file.id), data)
             connection.execute(db.files.insert().values(**_fields(file)))
@@ -265,10 +259,11 @@ class Store:
 
     # ---- jobs ----
 
-    def add_job(self, job: StoredJob) -> None:
-        """Keep a new job."""
+    def add_job(self, job: StoredJob, message: str) -> None:
+        """Keep a new job and the first line of its history."""
         with self._writing() as connection:
             connection.execute(db.jobs.insert().values(**_fields(job)))
+            _add_event(connection, job.id, message, "info", "message", None, None)
 
     def job(self, tenant: str | None, job_id: str) -> StoredJob:
         """One job; None for the tenant means whoever's it is."""
@@ -300,15 +295,16 @@ class Store:
         with self._writing() as connection:
             _update_job(connection, job_id, values)
 
+    def remove_job(self, job_id: str) -> None:
+        """Forget a job that the engine would not take."""
+        with self._writing() as connection:
+            connection.execute(db.events.delete().where(db.events.c.job_id == job_id))
+            connection.execute(db.jobs.delete().where(db.jobs.c.id == job_id))
+        shutil.rmtree(self.job_directory(job_id), ignore_errors=True)
+
     def job_directory(self, job_id: str) -> Path:
         """Where a job's checkpoints lie."""
         return self.directory / "jobs" / job_id
-
-    def discard_checkpoints(self, job_id: str) -> None:
-        """A job has ended: nobody will go on from its checkpoints."""
-        with self._writing() as connection:
-            connection.execute(db.checkpoints.delete().where(db.checkpoints.c.job_id == job_id))
-        shutil.rmtree(self.job_directory(job_id), ignore_errors=True)
 
     # ---- events ----
 
@@ -328,6 +324,24 @@ class Store:
             _add_event(connection, job_id, message, level, type, step, data)
             if job_values:
                 _update_job(connection, job_id, job_values)
+
+    def add_step(
+        self,
+        job_id: str,
+        message: str,
+        *,
+        step: int,
+        num_steps: int,
+        num_tokens: int,
+        data: Mapping[str, Any],
+    ) -> None:
+        """An optimizer step is done: its line in the history, and the job's progress."""
+        values = {
+            "step": step,
+            "num_steps": num_steps,
+            "trained_tokens": db.jobs.c.trained_tokens + num_tokens,
+        }
+        self.add_event(job_id, message, type="metrics", step=step, data=data, job_values=values)
 
     def events(self, job_id: str, *, after: str | None = None, limit: int = 20) -> Page:
         """A job's history, newest first; `after` is an event's id."""
@@ -393,15 +407,11 @@ class Store:
         """A job's checkpoints, newest first."""
         query = sa.select(db.checkpoints).where(db.checkpoints.c.job_id == job_id)
         cursor: int | None = None
-        if after is not None:
-            with self._engine.connect() as connection:
-                cursor = connection.execute(
-                    sa.select(db.checkpoints.c.step).where(
-                        db.checkpoints.c.job_id == job_id, db.checkpoints.c.id == after
-                    )
-                ).scalar()
-            if cursor is None:
+        if after is not None:  # It may be gone by now; what follows it is clear all the same.
+            prefix, _, number = after.rpartition("-")
+            if prefix != _checkpoint_id(job_id, "") or not (number.isascii() and number.isdigit()):
                 raise NotFoundError("checkpoint", after)
+            cursor = int(number)
         return self._page(query, db.checkpoints.c.step, cursor, limit, False, _checkpoint)
 
     def checkpoint_path(self, job_id: str, step: int) -> Path:
@@ -437,20 +447,41 @@ class Store:
 
     # ---- adapters ----
 
-    def add_adapter(self, adapter: StoredAdapter, job_values: Mapping[str, Any]) -> None:
-        """A job has succeeded: its adapter, the end of its history and its status, at once."""
+    def finish_job(
+        self,
+        job: StoredJob,
+        status: StoredStatus,
+        message: str,
+        *,
+        results: bytes,
+        error_code: str | None = None,
+        adapter: StoredAdapter | None = None,
+        trained_tokens: int | None = None,
+    ) -> StoredFile:
+        """A job has ended: status, results, the end of its history and its adapter, at once."""
+        file = _new_file(job.tenant, f"{job.id}-step-metrics.csv", Purpose.RESULTS, results)
+        is_failure = status is StoredStatus.FAILED
+        values: dict[str, Any] = {
+            "status": status,
+            "finished_at": _now(),
+            "result_file": file.id,
+            "error_code": error_code,
+            "error_message": message if is_failure else None,
+            "fine_tuned_model": None if adapter is None else adapter.name,
+        }
+        if trained_tokens is not None:
+            values["trained_tokens"] = trained_tokens
         with self._writing() as connection:
-            connection.execute(db.adapters.insert().values(**_fields(adapter)))
-            _add_event(
-                connection,
-                adapter.job_id,
-                f"New fine-tuned model created: {adapter.name}",
-                "info",
-                "message",
-                None,
-                None,
-            )
-            _update_job(connection, adapter.job_id, job_values)
+            _write_file(self.file_path(file.id), results)
+            connection.execute(db.files.insert().values(**_fields(file)))
+            if adapter is not None:
+                connection.execute(db.adapters.insert().values(**_fields(adapter)))
+            level = "error" if is_failure else "info"
+            _add_event(connection, job.id, message, level, "message", None, None)
+            _update_job(connection, job.id, values)
+            connection.execute(db.checkpoints.delete().where(db.checkpoints.c.job_id == job.id))
+        shutil.rmtree(self.job_directory(job.id), ignore_errors=True)
+        return file
 
     def take_adapter(self, job_id: str, source: Path) -> str:
         """Move a finished adapter to its place; returns that, relative to the data directory."""
@@ -574,6 +605,18 @@ def _now() -> int:
     return int(time.time())
 
 
+def _new_file(tenant: str, filename: str, purpose: Purpose, data: bytes) -> StoredFile:
+    return StoredFile(
+        id=f"file-{uuid.uuid4().hex}",
+        tenant=tenant,
+        filename=filename,
+        purpose=purpose,
+        num_bytes=len(data),
+        created_at=_now(),
+        number=time.time_ns(),
+    )
+
+
 def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -604,6 +647,10 @@ def _add_event(
     )
 
 
+def _checkpoint_id(job_id: str, ending: str) -> str:
+    return f"ftckpt-{job_id.removeprefix('ftjob-')}{ending}"
+
+
 def _add_checkpoint(
     connection: Connection, job_id: str, step: int, metrics: Mapping[str, Any]
 ) -> None:
@@ -615,7 +662,7 @@ def _add_checkpoint(
     )
     connection.execute(
         db.checkpoints.insert().values(
-            id=f"ftckpt-{uuid.uuid4().hex}",
+            id=_checkpoint_id(job_id, f"-{step}"),
             job_id=job_id,
             step=step,
             created_at=_now(),
