@@ -11,6 +11,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "serve": ("weft.cli.serve", "Serve a model with an OpenAI-compatible API"),
     "plan": ("weft.cli.plan", "Find a stage graph for a model on a cluster"),
     "simulate": ("weft.cli.simulate", "Run a plan or a serving trace under the virtual clock"),
+    "train": ("weft.cli.train", "Train a model by a plan, on local ranks or under torchrun"),
+    "compare-timeline": (
+        "weft.cli.compare_timeline",
+        "Set a run's measured timeline beside the simulated one",
+    ),
     "compare": ("weft.cli.compare", "Compare planning methods on one model and cluster"),
     "explain": ("weft.cli.explain", "Say in words what binds a plan"),
     "profile": ("weft.cli.profile", "Measure a model's blocks or iterations on this machine"),

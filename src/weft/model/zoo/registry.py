@@ -105,20 +105,22 @@ def _builder(name: str) -> Builder:
     return cast(Builder, getattr(import_module(module), function))
 
 
-def resolve_model(spec: str, options: Mapping[str, Any] | None = None) -> ZooModel:
+def resolve_model(
+    spec: str, options: Mapping[str, Any] | None = None, *, device: str = "meta"
+) -> ZooModel:
     """The model that MODEL on a command line means.
 
     `spec` is a built-in name, `gpt-96` for a GPT of 96 layers, or `package.module:function`, a
-    function that returns (module, example inputs) or a ZooModel and is called on the meta device,
-    so that it needs no memory. `options` are its keyword arguments.
+    function that returns (module, example inputs) or a ZooModel. It is called on `device`; on
+    "meta" it needs no memory. `options` are its keyword arguments.
     """
     options = dict(options or {})
     if ":" in spec:
-        return _user_model(spec, options)
+        return _user_model(spec, options, device)
     family, _, depth = spec.rpartition("-")
     if family == "gpt" and depth.isdigit():
-        return load("gpt", num_layers=int(depth), **options)
-    return load(spec, **options)
+        return load("gpt", device=device, num_layers=int(depth), **options)
+    return load(spec, device=device, **options)
 
 
 def resolve(spec: str, options: Mapping[str, Any] | None = None) -> Graph:
@@ -126,7 +128,7 @@ def resolve(spec: str, options: Mapping[str, Any] | None = None) -> Graph:
     return resolve_model(spec, options).graph()
 
 
-def _user_model(spec: str, options: Mapping[str, Any]) -> ZooModel:
+def _user_model(spec: str, options: Mapping[str, Any], device: str) -> ZooModel:
     path, _, attribute = spec.partition(":")
     try:
         function = getattr(import_module(path), attribute)
@@ -139,7 +141,7 @@ def _user_model(spec: str, options: Mapping[str, Any]) -> ZooModel:
         raise ModelLoadError(
             f"module {path!r} has no function {attribute!r}; a model is `package.module:function`"
         ) from None
-    with torch.device("meta"):
+    with torch.device(device):
         result = function(**options)
     if isinstance(result, ZooModel):
         return result

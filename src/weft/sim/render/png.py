@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from weft.sim.render.layout import (
     IDLE,
     INK,
     LABELS,
+    Chart,
     chart,
     seconds,
     ticks_s,
@@ -26,12 +28,35 @@ def write_png(timeline: Timeline, path: str | Path, *, width_in: float = 12.0) -
 
     Raises UnsupportedError when matplotlib is not installed.
     """
+    write_comparison((timeline,), path, width_in=width_in)
+
+
+def write_comparison(
+    timelines: Sequence[Timeline], path: str | Path, *, width_in: float = 12.0
+) -> None:
+    """Write the charts of several timelines below each other, on one scale of time.
+
+    Raises UnsupportedError when matplotlib is not installed.
+    """
     plt = _pyplot()
-    drawing = chart(timeline, min_block_s=timeline.makespan_s / (width_in * 90))
-    height_in = 1.4 + 0.34 * len(drawing.lanes)
-    figure, axes = plt.subplots(figsize=(width_in, height_in), dpi=150)
-    span = drawing.makespan_s or 1.0
-    inner_in = width_in * 0.8
+    span = max(timeline.makespan_s for timeline in timelines) or 1.0
+    drawings = [chart(timeline, min_block_s=span / (width_in * 90)) for timeline in timelines]
+    heights_in = [1.4 + 0.34 * len(drawing.lanes) for drawing in drawings]
+    figure, rows = plt.subplots(
+        len(drawings),
+        figsize=(width_in, sum(heights_in)),
+        dpi=150,
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights_in, "hspace": 0.5},
+    )
+    for (axes,), drawing in zip(rows, drawings, strict=True):
+        _draw(axes, drawing, span, width_in * 0.8)
+        _decorate(plt, axes, drawing, span)
+    figure.savefig(path, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+def _draw(axes: Any, drawing: Chart, span: float, inner_in: float) -> None:
     for lane in range(len(drawing.lanes)):
         axes.broken_barh([(0, span)], (lane - 0.4, 0.8), facecolors=IDLE, zorder=0)
     for block in drawing.blocks:
@@ -57,16 +82,13 @@ def write_png(timeline: Timeline, path: str | Path, *, width_in: float = 12.0) -
                 color=INK if dark else "white",
                 zorder=4,
             )
-    _decorate(plt, axes, drawing, span)
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
-def _decorate(plt: Any, axes: Any, drawing: Any, span: float) -> None:
+def _decorate(plt: Any, axes: Any, drawing: Chart, span: float) -> None:
     axes.set_xlim(0, span)
     axes.set_ylim(len(drawing.lanes) - 0.5, -0.5)
     axes.set_yticks(range(len(drawing.lanes)), drawing.lanes, fontsize=8)
-    ticks = ticks_s(drawing.makespan_s)
+    ticks = ticks_s(span)
     axes.set_xticks(ticks, ["0" if t == 0 else seconds(t) for t in ticks], fontsize=8)
     axes.tick_params(length=0, labelcolor=INK)
     axes.grid(axis="x", color="#d5d8dd", linewidth=0.5, zorder=1)

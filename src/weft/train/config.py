@@ -1,0 +1,143 @@
+"""Settings of a training run, and the optimizers and schedules that they name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from weft.base.errors import ConfigError
+from weft.engine.config import check_whole
+from weft.runtime.stage_executor import LossScope, OptimizerFactory
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+"""Makes the learning-rate scheduler of a rank's optimizer; stepped once an optimizer step."""
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class OptimizerName(StrEnum):
+    """Optimizers by name; Python callers may pass any per-parameter optimizer of torch."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+    ADAMW = "adamw"
+
+
+class ScheduleName(StrEnum):
+    """Learning-rate schedules by name, with linear warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a plan is trained.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+
+    num_steps: int
+    """Optimizer steps in all, those before a resume included."""
+    run_dir: Path
+    seed: int = 0
+    """Of initial weights, order of samples and dropout."""
+    optimizer: OptimizerName = OptimizerName.ADAMW
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    schedule: ScheduleName = ScheduleName.CONSTANT
+    num_warmup_steps: int = 0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    """Batches of the plan that make one optimizer step."""
+    autocast: str | None = None
+    """bfloat16 or float16; parameters stay float32."""
+    loss_scope: LossScope = LossScope.SAMPLE
+    shuffles: bool = True
+    checkpoint_every: int = 0
+    """Optimizer steps between checkpoints; 0 writes one at the end."""
+    keep_checkpoints: int = 2
+    validate_every: int = 0
+    """Optimizer steps between passes over the validation data; 0 means at the end."""
+    record: bool = False
+    """Keep a timeline of the last `num_recorded` steps."""
+    num_recorded: int = 20
+    device: str = "cpu"
+    timeout_s: float = 600.0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name, lowest in (
+            ("num_steps", 1),
+            ("num_warmup_steps", 0),
+            ("accumulate", 1),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 0),
+            ("validate_every", 0),
+            ("num_recorded", 1),
+        ):
+            check_whole(name, getattr(self, name), lowest)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"the learning rate is {self.lr}; it must be a positive number")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+        if self.autocast is not None and self.autocast not in _DTYPES:
+            raise ConfigError(
+                f"autocast is {self.autocast!r}; it must be one of {', '.join(_DTYPES)}, or unset"
+            )
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s is {self.timeout_s}; it must be positive")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """torch's dtype of `autocast`."""
+        return None if self.autocast is None else _DTYPES[self.autocast]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the run directory."""
+        return {**asdict(self), "run_dir": str(self.run_dir)}
+
+
+def optimizer_factory(config: TrainConfig) -> OptimizerFactory:
+    """The named optimizer over a rank's trainable parameters."""
+
+    def make(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        values = list(parameters.values())
+        if config.optimizer is OptimizerName.SGD:
+            return torch.optim.SGD(
+                values, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            )
+        kind = torch.optim.Adam if config.optimizer is OptimizerName.ADAM else torch.optim.AdamW
+        return kind(values, lr=config.lr, weight_decay=config.weight_decay)
+
+    return make
+
+
+def scheduler_factory(config: TrainConfig) -> SchedulerFactory:
+    """The named schedule; transformers' definitions."""
+    warmup, total = config.num_warmup_steps, config.num_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        progress = (step - warmup) / max(1, total - warmup)
+        match config.schedule:
+            case ScheduleName.CONSTANT:
+                return 1.0
+            case ScheduleName.LINEAR:
+                return max(0.0, 1.0 - progress)
+            case ScheduleName.COSINE:
+                return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+    return lambda optimizer: LambdaLR(optimizer, factor)

@@ -1,0 +1,243 @@
+"""Runs over loopback: resumes, other plans, broken checkpoints, NaN, the run directory."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import safe_open
+
+from train.small import chain_plan, data, model
+from weft.base.errors import ConfigError, ModelLoadError
+from weft.cluster.presets import load_cluster
+from weft.cost.roofline import RooflineCost
+from weft.graph.coarsen import coarsen
+from weft.plan.api import plan as make_plan
+from weft.plan.train_plan import PlanError
+from weft.runtime.stage_executor import NonFiniteLossError
+from weft.train.checkpoint import CheckpointStore, model_tensors
+from weft.train.config import TrainConfig
+from weft.train.run_dir import read_metrics
+from weft.train.trainer import Trainer
+
+
+def trainer(run_dir: Path, num_steps: int = 6, *, stages: int = 3, **options: Any) -> Trainer:
+    capture_of = model(double=True)
+    capture = capture_of.trace()
+    dp = options.pop("dp", 1)
+    schedule = options.pop("plan_schedule", "1f1b")
+    samples = options.pop("data", None) or data()
+    config = TrainConfig(num_steps=num_steps, run_dir=run_dir, lr=1e-2, **options)
+    return Trainer(
+        plan=chain_plan(capture, stages, dp=dp, schedule=schedule),
+        model=capture_of,
+        data=samples,
+        config=config,
+        capture=capture,
+    )
+
+
+def weights(found: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        name: p.detach().clone()
+        for rank in found.executor.ranks
+        for name, p in rank.parameters.items()
+    }
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_a_run_leaves_plan_configuration_metrics_and_a_checkpoint(tmp_path: Path) -> None:
+    found = trainer(tmp_path / "run", validate_every=2)
+    report = found.run()
+    assert (report.num_steps, report.first_step, report.was_stopped) == (6, 0, False)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] == report.loss
+    assert report.validation_loss == rows[-1]["validation_loss"]
+    assert (tmp_path / "run" / "plan.json").is_file()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 1e-2
+    assert "torch" in json.loads((tmp_path / "run" / "versions.json").read_text())
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000006"
+    files = sorted(file.suffix for file in checkpoint.iterdir())
+    assert set(files) == {".json", ".safetensors"}  # nothing that unpickles
+    held = model_tensors(checkpoint)
+    for name, value in weights(found).items():
+        assert torch.equal(held[name], value), name
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "2bw"])
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path, schedule: str) -> None:
+    options: dict[str, Any] = {"plan_schedule": schedule, "schedule": "cosine"}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.run()
+    # The first life ends after three of the six steps.
+    first = trainer(tmp_path / "parts", checkpoint_every=3, **options)
+    stopped = 0
+    for result in first.executor.steps(3):
+        for scheduler in first.schedulers:
+            scheduler.step()
+        stopped = result.step + 1
+    first.run_dir.create()
+    first.save(stopped, blocking=True)
+    second = trainer(tmp_path / "parts", **options)
+    assert second.first_step == 3
+    second.run()
+    wanted = weights(whole)
+    if schedule == "1f1b":
+        for name, value in weights(second).items():
+            assert torch.equal(value, wanted[name]), name
+        assert losses(tmp_path / "parts") == losses(tmp_path / "whole")[3:]
+
+
+def test_another_plan_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    first = trainer(tmp_path / "parts", num_steps=3, stages=3)
+    first.run()
+    for stages, dp in ((2, 2), (1, 1)):
+        run_dir = tmp_path / f"parts-{stages}"
+        (tmp_path / "parts").rename(run_dir)
+        other = trainer(run_dir, stages=stages, dp=dp)
+        assert other.first_step == 3
+        other.run()
+        assert losses(run_dir)[3:] == pytest.approx(losses(tmp_path / "whole")[3:], abs=1e-9)
+        (run_dir / "checkpoints" / "step-00000006").rename(run_dir / "dropped")
+        run_dir.rename(tmp_path / "parts")
+        # The earlier checkpoint is still there for the next plan.
+        assert (tmp_path / "parts" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_half_written_checkpoints_are_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, num_steps=4, checkpoint_every=2).run()
+    newest = tmp_path / "checkpoints" / "step-00000004"
+    (file,) = newest.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "checkpoints" / "step-00000005.part").mkdir()
+    resumed = trainer(tmp_path, num_steps=6)
+    assert resumed.first_step == 2
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert "step-00000004 is skipped" in said
+    assert "step-00000005.part was never finished" in said
+    assert not (tmp_path / "checkpoints" / "step-00000005.part").exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    trainer(tmp_path, num_steps=5, checkpoint_every=1, keep_checkpoints=2).run()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000005"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_names(tmp_path: Path) -> None:
+    trainer(tmp_path, num_steps=1).run()
+    other = model(width=10, double=True)
+    capture = other.trace()
+    with pytest.raises(ModelLoadError, match=r"another model: parameter .* has shape"):
+        Trainer(
+            plan=chain_plan(capture, 2),
+            model=other,
+            data=data(),
+            config=TrainConfig(num_steps=2, run_dir=tmp_path),
+            capture=capture,
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rank(tmp_path: Path) -> None:
+    found = trainer(tmp_path, data=data(poison=3), shuffles=False)
+    before = weights(found)
+    with pytest.raises(NonFiniteLossError, match="step 0 is not finite on rank 2"):
+        found.run()
+    for name, value in weights(found).items():
+        assert torch.equal(value, before[name])
+
+
+def test_sigterm_writes_a_checkpoint_and_leaves(tmp_path: Path) -> None:
+    found = trainer(tmp_path, num_steps=1000)
+
+    def terminate(result: Any, num_steps: int, row: dict[str, Any]) -> None:
+        if result.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    found.on_step = terminate
+    report = found.run()
+    assert report.was_stopped
+    assert report.num_steps == 3
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_plan_of_blocks_trains_their_operators(tmp_path: Path) -> None:
+    zoo = model(double=False)
+    capture = zoo.trace()
+    blocks = coarsen(capture.graph, 150)
+    planned = make_plan(blocks, load_cluster("summit-2"), batch_size=8, cost=RooflineCost())
+    found = Trainer(
+        plan=planned,
+        model=zoo,
+        data=data(),
+        config=TrainConfig(num_steps=1, run_dir=tmp_path),
+        capture=capture,
+    )
+    assert found.run().num_steps == 1
+
+
+def test_a_plan_of_another_module_is_refused(tmp_path: Path) -> None:
+    capture = model().trace()
+    plan = chain_plan(capture, 2)
+    other = model(width=12)
+    with pytest.raises(PlanError, match="is for graph"):
+        Trainer(
+            plan=plan,
+            model=other,
+            data=data(),
+            config=TrainConfig(num_steps=1, run_dir=tmp_path),
+        )
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        trainer(blocked)
+
+
+def test_a_resume_under_another_seed_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, num_steps=1).run()
+    with pytest.raises(ModelLoadError, match="seed 0, this run has 1"):
+        trainer(tmp_path, num_steps=2, seed=1)
+
+
+def test_an_asynchronous_save_holds_the_state_of_its_step(tmp_path: Path) -> None:
+    """Training goes on while files are written: they must not see later weights."""
+    found = trainer(tmp_path, num_steps=4)
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for result in found.executor.steps(2):
+        if result.step == 0:
+            found.save(1)
+            wanted = weights(found)
+    found.checkpoints.wait()
+    path = store.latest()
+    assert path is not None
+    assert path.name == "step-00000001"
+    for name, value in model_tensors(path).items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_optimizer_state_is_in_safetensors_by_parameter_name(tmp_path: Path) -> None:
+    trainer(tmp_path, num_steps=1).run()
+    (file,) = (tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        names = set(tensors.keys())
+    assert "model.head.weight" in names
+    assert "optimizer.head.weight.exp_avg_sq" in names
+    state = json.loads((file.parent / "train.json").read_text())
+    assert state["optimizer"]["head.weight"] == {"step": 1.0}
