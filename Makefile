@@ -6,9 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # Two processes that compute at once share two cores badly unless each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-long soak lint bench clean
+.PHONY: help demo demo-train test test-long soak lint bench clean
 help:
 	@echo "make demo       talk to the embedded model: server, clients, latencies (minutes)"
+	@echo "make demo-train plan, simulate and train a two-tower model on four local ranks (minutes)"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-long  the tests that take minutes each"
 	@echo "make soak       the long random runs"
@@ -28,6 +29,9 @@ $(VENV)/.dev: $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo_serve.py
+
+demo-train: $(VENV)/.runtime
+	$(BIN)/python examples/train_digits.py
 
 test: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist worksteal -m "not long and not soak"

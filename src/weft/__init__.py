@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from weft.serve.outputs import CompletionOutput as CompletionOutput
     from weft.serve.outputs import RequestOutput as RequestOutput
     from weft.sim.stage_executor import simulate as simulate
+    from weft.train.config import TrainConfig as TrainConfig
+    from weft.train.data import TrainData as TrainData
+    from weft.train.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,9 @@ _PUBLIC: dict[str, str] = {
     "WeftError": "weft.base.errors",
     "Cluster": "weft.cluster.cluster",
     "Graph": "weft.graph.graph",
+    "TrainConfig": "weft.train.config",
+    "TrainData": "weft.train.data",
+    "Trainer": "weft.train.trainer",
     "TrainingSpec": "weft.cost.training",
     "capture": "weft.graph.capture",
     "simulate": "weft.sim.stage_executor",
