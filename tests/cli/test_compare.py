@@ -76,6 +76,7 @@ def test_the_table_names_the_setting(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--methods", ""), "--methods names no method; known: "),
         (("--methods", "magic"), "method 'magic' is unknown; known: "),
         (("--training", "none"), "--training is 'none'; known: sgd-fp32"),
         (("--micro-batches", "a,b"), "whole numbers separated by commas"),

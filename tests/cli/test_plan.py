@@ -228,6 +228,8 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
         ((*BRANCHED, *SUMMIT, "--micro-batches", "3"), "nearest that does is 2"),
         ((*BRANCHED, *SUMMIT, "--against", "nowhere.json"), "nowhere.json"),
         ((*BRANCHED, *SUMMIT, "--constraints", "nowhere.json"), "nowhere.json"),
+        ((*BRANCHED, *SUMMIT, "--out", "."), "a directory"),
+        ((*BRANCHED, *SUMMIT, "--out", "nowhere/plan.json"), "there is no directory"),
     ],
 )
 def test_wrong_arguments_end_with_one_line_and_code_2(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,3 +140,46 @@ def test_serving_goes_to_its_own_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "import_module", lambda name: Serving)
     simulate.main(["--trace", "t.csv", "--serve"])
     assert seen == [["--trace", "t.csv", "--serve"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plan: plan["stages"].clear(), "the plan has no stages"),
+        (lambda plan: plan["stages"][0].update(devices=[999]), "runs on device 999"),
+        (lambda plan: plan["stages"][0].update(ops=[]), "stage 0 has no operators"),
+        (lambda plan: plan["stages"][0].update(k="2"), "stage 0: k is '2'"),
+        (lambda plan: plan["stages"][0].update(all_reduce_s=float("nan")), "all_reduce_s is nan"),
+        (lambda plan: plan.update(batch_size="x"), "batch_size is 'x'; it must be a whole number"),
+        (
+            lambda plan: plan["edges"].append(
+                {
+                    "source": 0,
+                    "target": 99,
+                    "forward_bytes_per_sample": 1,
+                    "backward_bytes_per_sample": 1,
+                }
+            ),
+            "99",
+        ),
+    ],
+)
+def test_a_plan_that_was_edited_wrongly_is_refused(
+    plan_file: str, tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    data = json.loads(Path(plan_file).read_text())
+    change(data)
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=re.escape(words)):
+        simulate.main([str(edited)])
+
+
+@pytest.mark.parametrize("option", ["--svg", "--perfetto", "--schedule-out"])
+def test_files_that_cannot_be_written_are_refused_first(
+    plan_file: str, tmp_path: Path, option: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is .*, a directory"):
+        simulate.main([plan_file, option, str(tmp_path)])
+    with pytest.raises(ConfigError, match="there is no directory"):
+        simulate.main([plan_file, option, str(tmp_path / "missing" / "file")])

@@ -96,6 +96,8 @@ def compare(
 ) -> None:
     """Plan MODEL by several methods and simulate every plan; all share one cost model."""
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--methods names no method; known: {', '.join(METHODS)}")
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"method {name!r} is unknown; known: {', '.join(METHODS)}")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from weft.base.errors import ConfigError
 from weft.cli.console import stdout_console
-from weft.cli.parsing import whole_numbers
+from weft.cli.parsing import check_outputs, whole_numbers
 from weft.cli.pricing import load_cost, load_graph, load_training
 from weft.cli.profile import parse_options
 from weft.cluster.presets import load_cluster
@@ -97,6 +97,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Find a stage graph for MODEL on a cluster, and say what it costs (simulated)."""
+    check_outputs(out=out)
     graph = load_graph(model, parse_options(option or []))
     if list_ops:
         names = [op.id for op in graph.ops]

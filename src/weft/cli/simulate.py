@@ -12,12 +12,14 @@ from rich.table import Table
 
 from weft.base.errors import ConfigError
 from weft.cli.console import stdout_console
+from weft.cli.parsing import check_outputs
 from weft.cluster.presets import load_cluster
 from weft.plan.deadlock import check_deadlock
 from weft.plan.reprice import on_cluster
 from weft.plan.schedule import Schedule, parse_schedule
 from weft.plan.schedules import SCHEDULES, generate
 from weft.plan.train_plan import TrainPlan
+from weft.plan.validate import validate_plan
 from weft.sim.render.layout import seconds, size
 from weft.sim.render.perfetto import write_perfetto
 from weft.sim.render.png import write_png
@@ -69,6 +71,7 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Run a plan under the virtual clock and report its step time, bubbles and memory."""
+    check_outputs(svg=svg, png=png, perfetto=perfetto, schedule_out=schedule_out)
     priced = _priced(_read(plan), cluster, profile, model)
     if repair:
         priced = repair_in_flight(priced, contention=contention).plan
@@ -101,7 +104,7 @@ def main(argv: list[str]) -> None:
 
 def _read(path: Path) -> TrainPlan:
     try:
-        return TrainPlan.from_json(path.read_text())
+        return validate_plan(TrainPlan.from_json(path.read_text()))
     except OSError as error:
         raise ConfigError(f"cannot read plan {path}: {error.strerror}") from None
 

@@ -282,11 +282,12 @@ class TrainPlan:
             )
         try:
             fields = {k: v for k, v in data.items() if k != "format"}
+            _check_kinds("the plan", data, _PLAN_KINDS)
             fields["cluster"] = Cluster.from_dict(data["cluster"])
             fields["training"] = TrainingSpec(**data["training"])
             fields["search"] = SearchStatistics(**data["search"])
             fields["stages"] = tuple(_stage(stage) for stage in data["stages"])
-            fields["edges"] = tuple(StageEdge(**edge) for edge in data["edges"])
+            fields["edges"] = tuple(_edge(edge) for edge in data["edges"])
             fields["notes"] = tuple(data.get("notes", ()))
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
@@ -310,6 +311,39 @@ class TrainPlan:
         return cls.from_dict(data)
 
 
+_WHOLE, _NUMBER = (int,), (int, float)
+
+_PLAN_KINDS = {"batch_size": _WHOLE, "bottleneck_s": _NUMBER, "step_time_s": _NUMBER}
+
+_STAGE_KINDS = {
+    **dict.fromkeys(("index", "micro_batch", "in_flight", "k"), _WHOLE),
+    **dict.fromkeys(("param_bytes", "gradient_bytes", "state_bytes", "reserved_bytes"), _NUMBER),
+    **dict.fromkeys(("saved_bytes_per_sample", "input_bytes_per_sample"), _NUMBER),
+    "all_reduce_s": _NUMBER,
+}
+
+_EDGE_KINDS = {
+    **dict.fromkeys(("source", "target"), _WHOLE),
+    **dict.fromkeys(("forward_bytes_per_sample", "backward_bytes_per_sample"), _NUMBER),
+}
+
+
+def _check_kinds(
+    where: str, data: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
+) -> None:
+    """Raise PlanError for a value that is no number of its kind, is negative, or is not finite."""
+    for name, allowed in kinds.items():
+        value = data.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, allowed) or not 0 <= value < math.inf:
+            kind = "whole number" if allowed is _WHOLE else "finite number"
+            raise PlanError(f"{where}: {name} is {value!r}; it must be a {kind} of at least 0")
+
+
+def _edge(data: Mapping[str, Any]) -> StageEdge:
+    _check_kinds(f"edge {data['source']} -> {data['target']}", data, _EDGE_KINDS)
+    return StageEdge(**data)
+
+
 def _stage_dict(stage: Stage) -> dict[str, Any]:
     fields = asdict(stage)
     for name in ("forward_s", "backward_s"):
@@ -319,6 +353,7 @@ def _stage_dict(stage: Stage) -> dict[str, Any]:
 
 def _stage(data: Mapping[str, Any]) -> Stage:
     fields = dict(data)
+    _check_kinds(f"stage {data['index']}", data, _STAGE_KINDS)
     for name in ("forward_s", "backward_s"):
         times = {int(size): float(seconds) for size, seconds in fields[name].items()}
         if not all(math.isfinite(t) and t >= 0 for t in times.values()):
