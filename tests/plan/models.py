@@ -50,7 +50,14 @@ def chain(num_layers: int, *, weights: int = 0, saved_bytes: int = 2) -> Graph:
     return graph_of("chain", ops, [(i, i + 1) for i in range(len(ops) - 1)], weights)
 
 
-def towers(num_branches: int, num_layers: int, *, weights: int = 0) -> Graph:
+def towers(
+    num_branches: int,
+    num_layers: int,
+    *,
+    weights: int = 0,
+    work: float = 4.0,
+    output_bytes: int = 1,
+) -> Graph:
     """Equal branches of layers that a small head joins."""
     ops: list[Op] = []
     pairs: list[tuple[int, int]] = []
@@ -59,7 +66,17 @@ def towers(num_branches: int, num_layers: int, *, weights: int = 0) -> Graph:
         for number in range(num_layers):
             if number:
                 pairs.append((len(ops) - 1, len(ops)))
-            ops.append(layer(f"branches.{branch}.{number}", weights=weights))
+            path = f"branches.{branch}.{number}"
+            saved_bytes = 2 * output_bytes
+            ops.append(
+                layer(
+                    path,
+                    work,
+                    saved_bytes=saved_bytes,
+                    output_bytes=output_bytes,
+                    weights=weights,
+                )
+            )
         ends.append(len(ops) - 1)
     ops.append(layer("head", 0.5, weights=weights))
     return graph_of("towers", ops, [*pairs, *((end, len(ops) - 1) for end in ends)], weights)

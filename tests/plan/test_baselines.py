@@ -19,6 +19,7 @@ from plan.graphs import (
     RandomGraph,
     ToyCost,
     build_case,
+    build_graph,
     random_graphs,
     toy_cluster,
 )
@@ -32,10 +33,12 @@ from weft.plan.cost_table import CostTable, StageTable, Variant
 from weft.plan.deadlock import check_deadlock
 from weft.plan.layers import even_split, layer_segments
 from weft.plan.megatron import ranked_configurations, to_plan
-from weft.plan.piper import enumerate_downsets
-from weft.plan.problem import InfeasiblePlanError, Problem
+from weft.plan.pipedream import plan_of_size
+from weft.plan.piper import candidates, enumerate_downsets, num_states
+from weft.plan.problem import InfeasiblePlanError, Problem, micro_batch_sizes
 from weft.plan.replay import step_time_s
 from weft.plan.schedules import generate
+from weft.plan.spp import linear_search
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.plan.validate import validate_plan
 
@@ -397,3 +400,45 @@ def test_every_method_plans_random_graphs_validly_and_without_deadlock(model: Ra
         validate_plan(found, model.graph, cluster)
         check_deadlock(generate(found))
         assert step_time_s(found) > 0
+
+
+def problem_of(graph: Graph, cluster: Cluster, batch_size: int) -> Problem:
+    table = CostTable(graph, cluster, ToyCost(), training=TRAINING, batch_size=batch_size)
+    sizes = micro_batch_sizes(batch_size, None)
+    return Problem(table=table, micro_batches=sizes, evaluate=step_time_s)
+
+
+def test_a_likely_bottleneck_does_not_change_the_plan_of_pipedream() -> None:
+    num_limited = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        graph = build_graph(RandomChooser(rng), max_ops=9, min_ops=4).graph
+        problem = problem_of(graph, toy_cluster(rng.randint(1, 6)), 8)
+        linear = linear_search(problem)
+        for size in problem.micro_batches:
+            solution = linear.least(size)
+            whole = plan_of_size(problem, linear, size)
+            assert (solution is None) == (whole is None)
+            if solution is None or whole is None:
+                continue
+            for slack in (0.5, 1.0, 1.1, 3.0):
+                likely_s = solution.bottleneck_s * slack
+                assert plan_of_size(problem, linear, size, likely_s) == whole
+                num_limited += likely_s > whole.bottleneck_s
+    assert num_limited > 50
+
+
+def test_piper_looks_at_no_more_states_than_it_says() -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        graph = build_graph(RandomChooser(rng), max_ops=9, min_ops=4).graph
+        problem = problem_of(graph, toy_cluster(rng.randint(1, 6)), 8)
+        downsets = enumerate_downsets(graph, 4000)
+        assert downsets is not None
+        most = num_states(problem, downsets, problem.micro_batches)
+        search = linear_search(problem)
+        for size in problem.micro_batches:
+            search.least(size)
+        before = problem.effort.num_states
+        list(candidates(problem, downsets, search))
+        assert problem.effort.num_states - before <= most

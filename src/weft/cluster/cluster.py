@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from weft.base.errors import ConfigError
 from weft.cluster.device import SAME_DEVICE as SAME_DEVICE
@@ -100,10 +102,15 @@ class Cluster:
                 )
         return tuple(found)
 
-    @property
+    @cached_property
     def num_devices(self) -> int:
         """Devices over all nodes."""
         return sum(node.num_devices for node in self.nodes)
+
+    @cached_property
+    def node_of_device(self) -> NDArray[np.int64]:
+        """Position of each device's node, shape (num_devices,)."""
+        return np.repeat(np.arange(len(self.nodes)), [node.num_devices for node in self.nodes])
 
     @cached_property
     def _node_by_name(self) -> Mapping[str, Node]:

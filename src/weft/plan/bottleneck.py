@@ -82,6 +82,10 @@ class BottleneckSolver:
         # Most stages hold as many micro-batches as there can be, however they run.
         is_unlimited = (self._limits == max_depth).all(axis=1)
         self._unlimited = np.flatnonzero(is_unlimited)
+        # Variants first, for a fast minimum over them. An infinite price means that the stage may
+        # not run so, whatever the bound: no number is at most a bound that is compared with NaN.
+        seconds = candidates.time_per_sample_s[self._unlimited].T
+        self._seconds = np.ascontiguousarray(np.where(np.isfinite(seconds), seconds, np.nan))
         self._limited = np.flatnonzero(~is_unlimited)
         # Downstream counts below which nothing may come: source must exceed downstream by one.
         source = np.arange(max_depth + 1)
@@ -121,14 +125,13 @@ class BottleneckSolver:
     def _stage_devices(self, bound_s: float) -> Devices:
         """Fewest devices of each candidate stage at each in-flight count; last row: no stage."""
         seconds = self.candidates.time_per_sample_s
-        # An infinite price means that the stage may not run so, whatever the bound.
-        possible = np.isfinite(seconds) & (seconds <= bound_s)
         devices = np.full((len(seconds) + 1, self.max_depth + 1), NONE, dtype=np.int32)
-        sizes = np.where(possible[self._unlimited], self._sizes[None, :], NONE)
-        devices[self._unlimited] = sizes.min(axis=1, initial=NONE)[:, None]
+        sizes = np.where(self._seconds <= bound_s, self._sizes[:, None], np.int32(NONE))
+        devices[self._unlimited] = sizes.min(axis=0, initial=NONE)[:, None]
         counts = np.arange(self.max_depth + 1)
         for column in self._order[::-1]:
-            rows = self._limited[possible[self._limited, column]]
+            prices = seconds[self._limited, column]
+            rows = self._limited[np.isfinite(prices) & (prices <= bound_s)]
             if not len(rows):
                 continue
             fits = counts[None, :] <= self._limits[rows, column][:, None]

@@ -148,6 +148,17 @@ class CostTable:
             self._op_times[key] = OpTimes(forward_s=forward_s, backward_s=backward_s)
         return self._op_times[key]
 
+    def least_op_times(self, local_samples: int, tp: int = 1) -> OpTimes:
+        """Seconds of every operator on whichever device type of the cluster is fastest for it."""
+        names = {node.device_type.name for node in self.cluster.nodes}
+        if names == {self.device_type.name}:
+            return self.op_times(local_samples, tp)
+        times = [self.on(name).op_times(local_samples, tp) for name in sorted(names)]
+        return OpTimes(
+            forward_s=np.min([row.forward_s for row in times], axis=0),
+            backward_s=np.min([row.backward_s for row in times], axis=0),
+        )
+
     def pass_times(self, local_samples: tuple[int, ...], tp: int) -> OpTimes:
         """Seconds of every operator with its collectives, shape (operators, local batch sizes)."""
         key = (local_samples, tp)

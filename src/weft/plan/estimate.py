@@ -68,3 +68,25 @@ def estimate_plan_s(plan: TrainPlan) -> float:
         time_per_sample_s=times,
         successors=plan.successors,
     )
+
+
+def least_step_s(plan: TrainPlan) -> float:
+    """Seconds that no flushing step of `plan` undercuts; 0 where stages share devices.
+
+    A stage computes all its micro-batches, after one micro-batch has come forward through the
+    stages before it, and reduces its gradients at the end. Messages are not counted.
+    """
+    if sum(stage.num_devices for stage in plan.stages) != len(plan.used_devices):
+        return 0.0
+    arrival_s = [0.0] * plan.num_stages
+    least_s = 0.0
+    for index in plan.topological_order:
+        stage = plan.stages[index]
+        forward_s = stage.forward_s[stage.micro_batch]
+        backward_s = 0.0 if stage.frozen else stage.backward_s[stage.micro_batch]
+        work_s = plan.num_micro_batches(index) * (forward_s + backward_s) + stage.all_reduce_s
+        least_s = max(least_s, arrival_s[index] + work_s)
+        for target in plan.successors[index]:
+            if plan.edge_by_pair[index, target].forward_bytes_per_sample > 0:
+                arrival_s[target] = max(arrival_s[target], arrival_s[index] + forward_s)
+    return least_s

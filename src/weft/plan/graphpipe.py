@@ -52,7 +52,7 @@ def plan_bottleneck(problem: Problem) -> TrainPlan:
     search = new_search(problem)
     found = search.best(problem.micro_batches)
     if found is None:
-        raise explain_infeasible(problem, search)
+        raise explain_infeasible(problem, [search])
     return to_plan(
         problem, found.micro_batch, found.solution, method="graphpipe", notes=notes(problem, search)
     )

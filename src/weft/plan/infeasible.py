@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from weft.cluster.cluster import Cluster
@@ -16,7 +17,9 @@ OtherPlans = Callable[[Problem], Iterable[TrainPlan]]
 
 
 def explain_infeasible(
-    problem: Problem, search: BottleneckSearch, others: OtherPlans | None = None
+    problem: Problem,
+    searches: Sequence[BottleneckSearch],
+    others: OtherPlans | None = None,
 ) -> InfeasiblePlanError:
     """The error for a problem without a plan, with the least memory and the fewest devices.
 
@@ -24,7 +27,7 @@ def explain_infeasible(
     plan exists, with one byte or one device less there is none. `others` makes what the method
     tries beside its search; with half of the devices named they do not fit either.
     """
-    changes = [*_more_memory(problem, search, others), *_more_devices(problem, search, others)]
+    changes = [*_more_memory(problem, searches, others), *_more_devices(problem, searches, others)]
     constraint = tightest(problem.table, problem.micro_batches)
     devices = f"{problem.num_devices} device{'' if problem.num_devices == 1 else 's'}"
     limit = problem.table.memory_bytes
@@ -63,7 +66,7 @@ def tightest(table: CostTable, micro_batches: tuple[int, ...]) -> str:
 
 
 def _more_memory(
-    problem: Problem, search: BottleneckSearch, others: OtherPlans | None
+    problem: Problem, searches: Sequence[BottleneckSearch], others: OtherPlans | None
 ) -> list[PlanChange]:
     table = problem.table
     limit = table.memory_bytes
@@ -73,11 +76,11 @@ def _more_memory(
     state = table.training.total_state_bytes(table.graph)
     enough = limit + state + 2 * saved * table.batch_size + int(reserved) + 1
     best: int | None = None
-    for micro_batch in problem.micro_batches:
+    for search, micro_batch in itertools.product(searches, problem.micro_batches):
         at_most = enough if best is None else best - 1
         if at_most <= limit or not search.fits(micro_batch, at_most):
             continue
-        best = _least(limit, at_most, lambda size, b=micro_batch: search.fits(b, size))
+        best = _least(limit, at_most, lambda size, s=search, b=micro_batch: s.fits(b, size))
     missing = [] if best is None else [best - limit]
     if others is not None:
         missing += [_missing_bytes(plan) for plan in others(problem)]
@@ -111,10 +114,13 @@ def _missing_bytes(plan: TrainPlan) -> int:
 
 
 def _more_devices(
-    problem: Problem, search: BottleneckSearch, others: OtherPlans | None
+    problem: Problem, searches: Sequence[BottleneckSearch], others: OtherPlans | None
 ) -> list[PlanChange]:
     limit = max(problem.micro_batches)
-    counts = [search.fewest_devices(b, limit) for b in problem.micro_batches]
+    counts = [
+        search.fewest_devices(b, limit)
+        for search, b in itertools.product(searches, problem.micro_batches)
+    ]
     found = [count for count in counts if count is not None and count > problem.num_devices]
     if not found or problem.rules.pinned:
         return []

@@ -114,13 +114,16 @@ def lower(
 
 def transfers_s(cluster: Cluster, table: MessageTable) -> NDArray[np.float64]:
     """Seconds of each message on an idle link: latency + bytes / bandwidth."""
-    pair = table.sender.astype(np.int64) * cluster.num_devices + table.receiver
-    pairs, of_message = np.unique(pair, return_inverse=True)
-    links = [cluster.link(*divmod(int(p), cluster.num_devices)) for p in pairs]
+    if not len(table.sender):
+        return np.zeros(0)
+    # Links differ by node only, so one look-up a pair of nodes is enough.
+    node = cluster.node_of_device
+    pair = node[table.sender] * len(cluster.nodes) + node[table.receiver]
+    pair[table.sender == table.receiver] = -1
+    _, first, of_message = np.unique(pair, return_index=True, return_inverse=True)
+    links = [cluster.link(int(table.sender[i]), int(table.receiver[i])) for i in first]
     latency_s = np.array([link.latency_s for link in links])
     bandwidth = np.array([link.bandwidth_bytes_per_s for link in links])
-    if not len(links):
-        return np.zeros(0)
     return latency_s[of_message] + table.num_bytes / bandwidth[of_message]
 
 

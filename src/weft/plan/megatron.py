@@ -82,7 +82,8 @@ def ranked_configurations(
     problem: Problem, segments: Sequence[tuple[int, ...]]
 ) -> list[Configuration]:
     """Every configuration that the rules allow, best by Megatron's formula first."""
-    found = [_estimated(problem, segments, c) for c in _configurations(problem, segments)]
+    formula = _Formula(problem, segments)
+    found = [formula.applied(c) for c in _configurations(problem, segments)]
     problem.effort.num_candidates += len(found)
     return sorted(found, key=lambda c: c.estimate_s)
 
@@ -111,46 +112,58 @@ def _configurations(
                         )
 
 
-def _estimated(
-    problem: Problem, segments: Sequence[tuple[int, ...]], configuration: Configuration
-) -> Configuration:
-    """The configuration with Megatron's formula (sheet §4) evaluated on the slowest stage."""
-    table, c = problem.table, configuration
-    times = table.op_times(c.micro_batch // c.d, c.t)
-    forward_s = times.forward_s * (2 if c.recompute else 1)
-    total_s = forward_s + times.backward_s
-    per_device = len(segments) // c.p
-    # Chunks of a device are not contiguous; on uniform layers every p-th share weighs the same.
-    layers_s = np.array([total_s[list(segment)].sum() for segment in segments])
-    slowest_s = float(layers_s.reshape(c.p, per_device).sum(axis=1).max())
-    m = table.batch_size // c.micro_batch
-    gradient_bytes = sum(table.training.gradient_bytes(p) for p in table.graph.parameters)
-    ring = range(0, c.d * c.t, c.t)
-    all_reduce_s = (
-        table.cost.all_reduce_s(gradient_bytes / (c.p * c.t), ring, table.cluster)
-        if c.d > 1
-        else 0.0
-    )
-    # A device computes every micro-batch, after the stages before it forward one. A stage that is
-    # frozen skips even the fixed cost of backward, so only backwards with work surely count.
-    has_backward = np.array([op.flops_backward > 0 for op in table.graph.ops])
-    least_s = forward_s + times.backward_s * has_backward
-    chunks_s = _by_chunk(segments, least_s, c)
-    fill_s = _by_chunk(segments, times.forward_s, c)[0]
-    bound_s = float((m * chunks_s.sum(axis=0) + np.cumsum(fill_s) - fill_s).max())
-    return replace(
-        c,
-        estimate_s=(m + (c.p - 1) / c.v) * slowest_s + all_reduce_s,
-        bound_s=bound_s * (1 - 1e-9),
-    )
+class _Formula:
+    """Megatron's formula (sheet §4) and a lower bound, on one problem's layers."""
 
+    def __init__(self, problem: Problem, segments: Sequence[tuple[int, ...]]) -> None:
+        table = problem.table
+        self.table = table
+        self.num_layers = len(segments)
+        self.gradient_bytes = sum(table.training.gradient_bytes(p) for p in table.graph.parameters)
+        # A stage that is frozen skips even the fixed cost of backward, so only backwards with work
+        # surely count.
+        self.has_backward = np.array([op.flops_backward > 0 for op in table.graph.ops])
+        self.inside = np.zeros((len(segments), table.num_ops))
+        for row, segment in enumerate(segments):
+            self.inside[row, list(segment)] = 1.0
+        self._layers: dict[tuple[int, int, bool], tuple[NDArray[np.float64], ...]] = {}
 
-def _by_chunk(
-    segments: Sequence[tuple[int, ...]], op_s: NDArray[np.float64], c: Configuration
-) -> NDArray[np.float64]:
-    """Seconds of the stages of a configuration, shape (v, p)."""
-    layers_s = np.array([op_s[list(segment)].sum() for segment in segments])
-    return layers_s.reshape(c.v, c.p, -1).sum(axis=2)
+    def applied(self, c: Configuration) -> Configuration:
+        """The configuration with its estimate, on the slowest stage, and its bound."""
+        total_s, least_s, forward_s = self._layers_s(c)
+        per_device = self.num_layers // c.p
+        # Chunks of a device are not contiguous; on uniform layers every p-th share weighs the same.
+        slowest_s = float(total_s.reshape(c.p, per_device).sum(axis=1).max())
+        m = self.table.batch_size // c.micro_batch
+        ring = range(0, c.d * c.t, c.t)
+        all_reduce_s = 0.0
+        if c.d > 1:
+            all_reduce_s = self.table.cost.all_reduce_s(
+                self.gradient_bytes / (c.p * c.t), ring, self.table.cluster
+            )
+        # A device computes every micro-batch, after the stages before it forward one.
+        chunks_s = least_s.reshape(c.v, c.p, -1).sum(axis=2)
+        fill_s = forward_s.reshape(c.v, c.p, -1).sum(axis=2)[0]
+        bound_s = float((m * chunks_s.sum(axis=0) + np.cumsum(fill_s) - fill_s).max())
+        return replace(
+            c,
+            estimate_s=(m + (c.p - 1) / c.v) * slowest_s + all_reduce_s,
+            bound_s=bound_s * (1 - 1e-9),
+        )
+
+    def _layers_s(self, c: Configuration) -> tuple[NDArray[np.float64], ...]:
+        """Seconds of each layer: of both passes, at least of both, and of forward."""
+        key = (c.micro_batch // c.d, c.t, c.recompute)
+        if key not in self._layers:
+            times = self.table.op_times(c.micro_batch // c.d, c.t)
+            least = self.table.least_op_times(c.micro_batch // c.d, c.t)
+            again = 2 if c.recompute else 1
+            self._layers[key] = (
+                self.inside @ (times.forward_s * again + times.backward_s),
+                self.inside @ (least.forward_s * again + least.backward_s * self.has_backward),
+                self.inside @ least.forward_s,
+            )
+        return self._layers[key]
 
 
 def _is_chain(problem: Problem, segments: Sequence[tuple[int, ...]], num_stages: int) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ def plan_pipedream(problem: Problem) -> TrainPlan:
     if best is None and problem.effort.timed_out:
         raise out_of_time(problem, "pipedream")
     if best is None:
-        raise explain_infeasible(problem, search)
+        raise explain_infeasible(problem, [search])
     return finished(problem, best)
 
 
@@ -45,40 +45,46 @@ def candidates(problem: Problem, search: BottleneckSearch | None = None) -> Iter
     for micro_batch in problem.micro_batches:
         if problem.effort.is_over:
             return
-        assumed = 1
-        while True:
-            stages = _Hierarchy(problem, search, micro_batch, assumed).best()
-            if stages is None:
-                break
-            plan = assemble(
-                problem.table,
-                stages,
-                method="pipedream",
-                objective=str(problem.objective),
-                sequential=True,
-            )
-            if fits_memory(plan):
-                yield plan
-                break
-            if assumed >= plan.num_stages:
-                break
-            assumed = min(2 * assumed, plan.num_stages)
+        found = plan_of_size(problem, search, micro_batch)
+        if found is not None:
+            yield found
 
 
-@dataclass(frozen=True, slots=True)
-class _Level:
-    """Least bottleneck [m, i, j] of segment i..j on m devices, and the last stage that gives it.
+def plan_of_size(
+    problem: Problem, search: BottleneckSearch, micro_batch: int, likely_s: float = math.inf
+) -> TrainPlan | None:
+    """The plan of one micro-batch size, if it fits in memory.
 
-    `cut` is where the last stage begins, `size` the devices of a server that it takes.
+    `likely_s` is a time per sample that its bottleneck probably does not exceed: the plan does not
+    depend on it, but is found sooner when it is right.
     """
-
-    least: NDArray[np.float64]
-    cut: NDArray[np.int32]
-    size: NDArray[np.int32]
+    assumed = 1
+    while True:
+        hierarchy = _Hierarchy(problem, search, micro_batch, assumed)
+        stages = hierarchy.best(likely_s) if math.isfinite(likely_s) else None
+        stages = stages or hierarchy.best()
+        if stages is None:
+            return None
+        plan = assemble(
+            problem.table,
+            stages,
+            method="pipedream",
+            objective=str(problem.objective),
+            sequential=True,
+        )
+        if fits_memory(plan):
+            return plan
+        if assumed >= plan.num_stages:
+            return None
+        assumed = min(2 * assumed, plan.num_stages)
 
 
 class _Hierarchy:
-    """The two levels of one micro-batch size."""
+    """The two levels of one micro-batch size.
+
+    `least[m][i, j]` of a level is the least bottleneck of segment i..j on m devices of a server.
+    Only these are kept: where a segment was cut is found again when the plan is read.
+    """
 
     def __init__(
         self, problem: Problem, search: BottleneckSearch, micro_batch: int, assumed: int
@@ -94,111 +100,177 @@ class _Hierarchy:
         self.size = search.space.root.num_elements
         self._prices: dict[tuple[int, bool], NDArray[np.float64]] = {}
 
-    def _seconds(self, dp: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Time per sample of every segment [i, j] on `dp` devices, and whether it recomputes."""
+    def _seconds(self, dp: int, limit_s: float) -> NDArray[np.float64]:
+        """Time per sample of every segment [i, j] on `dp` devices, infinite above the limit."""
         best = np.full((self.size, self.size + 1), np.inf)
-        recomputed = np.zeros(best.shape, dtype=np.bool_)
         if self.micro_batch % dp:
-            return best, recomputed
+            return best
         for recompute in self.problem.recompute_choices:
-            key = (dp, recompute)
-            if key not in self._prices:
-                self._prices[key] = self._new_prices(Variant(dp=dp, recompute=recompute))
-            better = self._prices[key] < best
-            best = np.where(better, self._prices[key], best)
-            recomputed = np.where(better, recompute, recomputed)
-        return best, recomputed
+            np.minimum(best, self._price(dp, recompute), out=best)
+        best[best > limit_s] = np.inf
+        return best
 
-    def _new_prices(self, variant: Variant) -> NDArray[np.float64]:
-        stages = self.search.stages
-        found = stages.candidates(self.micro_batch, [variant], self.problem.k)
-        self.problem.effort.num_candidates += len(stages)
-        limit = np.minimum(found.max_in_flight[:, 0], UNLIMITED)
-        seconds = np.where(limit >= self.assumed, found.time_per_sample_s[:, 0], np.inf)
-        table = np.append(seconds, np.inf)
-        return table[self.stage]
+    def _price(self, dp: int, recompute: bool) -> NDArray[np.float64]:
+        key = (dp, recompute)
+        if key not in self._prices:
+            variant = Variant(dp=dp, recompute=recompute)
+            stages = self.search.stages
+            found = stages.candidates(self.micro_batch, [variant], self.problem.k)
+            self.problem.effort.num_candidates += len(stages)
+            limit = np.minimum(found.max_in_flight[:, 0], UNLIMITED)
+            seconds = np.where(limit >= self.assumed, found.time_per_sample_s[:, 0], np.inf)
+            table = np.append(seconds, np.inf)
+            self._prices[key] = table[self.stage]
+        return self._prices[key]
 
-    def inner(self, replicas: int) -> _Level:
-        """Segments inside a server that is replicated `replicas` times."""
-        n, num = self.size, self.per_server
-        least = np.full((num + 1, n, n + 1), np.inf)
-        cut = np.zeros(least.shape, dtype=np.int32)
-        size = np.zeros(least.shape, dtype=np.int32)
-        seconds = {m: self._seconds(m * replicas)[0] for m in range(1, num + 1)}
-        rows = np.arange(n)
-        for m in range(1, num + 1):
-            least[m], size[m] = seconds[m], m
-            cut[m] = rows[:, None]
+    def _inner(self, replicas: int, limit_s: float) -> list[NDArray[np.float64]]:
+        """`least` by devices of a server whose segments are replicated `replicas` times."""
+        sizes = range(self.per_server + 1)
+        price = [self._seconds(m * replicas, limit_s) if m else _EMPTY for m in sizes]
+        least = [_EMPTY]
+        for m in sizes[1:]:
+            here = price[m].copy()
             for last in range(1, m):
-                price = seconds[last]
-                for j in range(2, n + 1):
-                    worst = np.maximum(least[m - last][:, 1:j], price[1:j, j][None, :])
-                    self.problem.effort.num_states += worst.size
-                    at = np.argmin(worst, axis=1)
-                    value = worst[rows, at]
-                    better = value < least[m, :, j]
-                    least[m, better, j] = value[better]
-                    cut[m, better, j] = at[better] + 1
-                    size[m, better, j] = last
-        return _Level(least=least, cut=cut, size=size)
+                self._join(least[m - last], price[last], here)
+            least.append(here)
+        return least
 
-    def best(self) -> list[StageChoice] | None:
-        """The stages of the least bottleneck over whole servers, or None."""
+    def _join(
+        self, first: NDArray[np.float64], last: NDArray[np.float64], out: NDArray[np.float64]
+    ) -> None:
+        """Lower `out[i, j]` to the least over k of max(first[i, k], last[k, j])."""
+        reach, span = _width(first), _width(last)
+        if not reach or not span:
+            return
+        n = self.size
+        # Rows by length instead of end: then one step is all segments whose first part is equally
+        # long, and only the lengths that occur are looked at.
+        tails = _by_length(last, span)
+        found = np.full((n, reach + span + 1), np.inf)
+        for length in range(1, min(reach, n - 1) + 1):
+            heads = np.diagonal(first, length)[: n - length, None]
+            worst = np.maximum(heads, tails[length:, 1:])
+            self.problem.effort.num_states += worst.size
+            here = found[: n - length, length + 1 : length + span + 1]
+            np.minimum(here, worst, out=here)
+        starts, ends = _segments(n, reach + span)
+        out[starts, ends] = np.minimum(out[starts, ends], found[starts, ends - starts])
+
+    def best(self, limit_s: float = math.inf) -> list[StageChoice] | None:
+        """The stages of the least bottleneck over whole servers, or None if it is over the limit.
+
+        A limit that is not exceeded changes nothing: it only removes segments that no plan of that
+        bottleneck holds.
+        """
         n, servers = self.size, self.num_servers
-        levels = {r: self.inner(r) for r in range(1, servers + 1) if self.micro_batch % r == 0}
+        levels: dict[int, list[NDArray[np.float64]]] = {}
+        inside: dict[int, NDArray[np.float64]] = {}
+        for r in range(1, servers + 1):
+            if self.micro_batch % r == 0:
+                # Any part of a server may stay idle: the segment takes its best device count.
+                levels[r] = self._inner(r, limit_s)
+                inside[r] = np.min(levels[r][1:], axis=0)
         least = np.full((servers + 1, n + 1), np.inf)
         least[:, 0] = 0.0
-        choice: dict[tuple[int, int], tuple[int, int, int]] = {}
+        useful = [r for r, seconds in inside.items() if np.isfinite(seconds).any()]
         for s in range(1, servers + 1):
-            for replicas, level in levels.items():
-                if replicas > s:
-                    continue
-                # Any part of a server may stay idle: the segment takes its best device count.
-                counts = np.argmin(level.least[1:], axis=0) + 1
-                inside = level.least[1:].min(axis=0)
-                worst = np.maximum(least[s - replicas][:n, None], inside)
-                at = np.argmin(worst, axis=0)
-                value = worst[at, np.arange(n + 1)]
-                for j in np.flatnonzero(value < least[s]).tolist():
-                    least[s, j] = value[j]
-                    choice[s, j] = (int(at[j]), replicas, int(counts[at[j], j]))
-            idle = least[s - 1] <= least[s]
-            least[s, idle] = least[s - 1, idle]
-            for j in np.flatnonzero(idle).tolist():
-                choice.pop((s, j), None)
+            least[s] = least[s - 1]
+            for r in useful:
+                if r > s:
+                    break
+                worst = np.maximum(least[s - r][:n, None], inside[r])
+                np.minimum(least[s], worst.min(axis=0), out=least[s])
         if not np.isfinite(least[servers, n]):
             return None
-        return self._read(levels, choice, servers)
+        return self._read(levels, inside, least, limit_s)
 
     def _read(
         self,
-        levels: dict[int, _Level],
-        choice: dict[tuple[int, int], tuple[int, int, int]],
-        servers: int,
+        levels: Mapping[int, Sequence[NDArray[np.float64]]],
+        inside: Mapping[int, NDArray[np.float64]],
+        least: NDArray[np.float64],
+        limit_s: float,
     ) -> list[StageChoice]:
+        """The stages, last to first; of equal choices the first one in the order of the search."""
         found: list[StageChoice] = []
-        s, j = servers, self.size
+        s, j = self.num_servers, self.size
         while j > 0:
-            if (s, j) not in choice:
+            if least[s - 1, j] <= least[s, j]:
                 s -= 1
                 continue
-            start, replicas, devices = choice[s, j]
+            for replicas, seconds in inside.items():
+                if replicas > s:
+                    continue
+                worst = np.maximum(least[s - replicas][: self.size], seconds[:, j])
+                start = int(np.argmin(worst))
+                if worst[start] == least[s, j]:
+                    break
+            else:
+                raise AssertionError("no choice attains the value that was found")
             level = levels[replicas]
-            m, end = devices, j
-            while end > start:
-                begin, last = int(level.cut[m, start, end]), int(level.size[m, start, end])
-                found.append(self._choice(begin, end, last * replicas))
-                m, end = m - last, begin
+            devices = int(np.argmin([part[start, j] for part in level[1:]])) + 1
+            found.extend(self._read_server(level, replicas, start, j, devices, limit_s))
             s, j = s - replicas, start
         return found[::-1]
 
+    def _read_server(
+        self,
+        level: Sequence[NDArray[np.float64]],
+        replicas: int,
+        start: int,
+        end: int,
+        devices: int,
+        limit_s: float,
+    ) -> Iterator[StageChoice]:
+        """The stages of a segment on that many devices of a server, last to first."""
+        while end > start:
+            value = level[devices][start, end]
+            begin, last = start, devices
+            if self._seconds(devices * replicas, limit_s)[start, end] > value:
+                for last in range(1, devices):
+                    price = self._seconds(last * replicas, limit_s)[start + 1 : end, end]
+                    worst = np.maximum(level[devices - last][start, start + 1 : end], price)
+                    if worst.min(initial=np.inf) == value:
+                        begin = start + 1 + int(np.argmin(worst))
+                        break
+            yield self._choice(begin, end, last * replicas)
+            devices, end = devices - last, begin
+
     def _choice(self, start: int, end: int, dp: int) -> StageChoice:
         stage = int(self.stage[start, end])
-        _, recomputed = self._seconds(dp)
+        prices = [
+            self._price(dp, recompute)[start, end] for recompute in self.problem.recompute_choices
+        ]
         return StageChoice(
             ops=tuple(np.flatnonzero(self.search.space.member[stage]).tolist()),
             micro_batch=self.micro_batch,
             dp=dp,
             k=self.problem.k,
-            recompute=bool(recomputed[start, end]),
+            recompute=self.problem.recompute_choices[int(np.argmin(prices))],
         )
+
+
+@lru_cache(maxsize=256)
+def _segments(size: int, longest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Starts and ends of all segments of `size` operators up to a length."""
+    starts, ends = np.triu_indices(size, 1, size + 1)
+    short = ends - starts <= longest
+    return starts[short], ends[short]
+
+
+def _by_length(seconds: NDArray[np.float64], longest: int) -> NDArray[np.float64]:
+    """Times [i, j] of segments as [i, j - i], infinite where there is none."""
+    size = len(seconds)
+    found = np.full((size, longest + 1), np.inf)
+    starts, ends = _segments(size, longest)
+    found[starts, ends - starts] = seconds[starts, ends]
+    return found
+
+
+def _width(seconds: NDArray[np.float64]) -> int:
+    """Operators of the longest segment with a finite time."""
+    starts, ends = np.nonzero(np.isfinite(seconds))
+    return int((ends - starts).max(initial=0))
+
+
+_EMPTY: NDArray[np.float64] = np.empty((0, 0))

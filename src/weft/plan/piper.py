@@ -12,8 +12,10 @@ from weft.graph.graph import Graph
 from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished
 from weft.plan.cost_table import StageTable, Variant, divisors
+from weft.plan.graphpipe import to_plan
 from weft.plan.infeasible import explain_infeasible
 from weft.plan.problem import Problem, SearchLimitError, out_of_time
+from weft.plan.search import BottleneckSearch
 from weft.plan.spp import linear_search
 from weft.plan.stage_space import membership
 from weft.plan.train_plan import TrainPlan
@@ -28,7 +30,8 @@ def plan_piper(problem: Problem) -> TrainPlan:
     `dp[I][q][k]` is the least bottleneck of a set I closed under successors, cut into q stages on
     at most k devices; the stage I minus I' has q micro-batches in flight, as the runtime that
     executes it here (deviation: the published state counts data-parallel degrees instead, for
-    micro-batches that are not split over replicas). A sequential plan bounds the values kept.
+    micro-batches that are not split over replicas). The best chain of contiguous stages bounds the
+    values kept, and is the plan where none is better.
     Raises SearchLimitError above 40,000 downsets or when time runs out before any plan,
     InfeasiblePlanError when nothing fits.
     """
@@ -43,7 +46,7 @@ def plan_piper(problem: Problem) -> TrainPlan:
     if best is None and problem.effort.timed_out:
         raise out_of_time(problem, "piper")
     if best is None:
-        raise explain_infeasible(problem, linear_search(problem))
+        raise explain_infeasible(problem, [linear_search(problem)])
     return finished(problem, best)
 
 
@@ -67,16 +70,25 @@ def enumerate_downsets(graph: Graph, limit: int) -> list[int] | None:
     return sorted(found, key=lambda downset: (downset.bit_count(), downset))
 
 
-def candidates(problem: Problem, downsets: Sequence[int]) -> Iterator[TrainPlan]:
-    """The plan of least bottleneck of every micro-batch size; memory is not yet checked."""
-    linear = linear_search(problem)
+def candidates(
+    problem: Problem, downsets: Sequence[int], linear: BottleneckSearch | None = None
+) -> Iterator[TrainPlan]:
+    """The plan of least bottleneck of every micro-batch size; memory is not yet checked.
+
+    Contiguous stages of the linearised graph are downsets too: their best plan is taken where no
+    other is better.
+    """
+    linear = linear or linear_search(problem)
     for micro_batch in problem.micro_batches:
         if problem.effort.is_over:
             return
         bound = linear.least(micro_batch)
-        limit_s = np.inf if bound is None else bound.bottleneck_s
+        # Sums in another order differ in the last bits, which are no improvement.
+        limit_s = np.inf if bound is None else bound.bottleneck_s * (1 - 1e-9)
         choices = _DownsetSearch(problem, downsets, micro_batch, limit_s).best()
-        if choices is not None:
+        if choices is None and bound is not None:
+            yield to_plan(problem, micro_batch, bound, method="piper", sequential=True)
+        elif choices is not None:
             yield assemble(
                 problem.table,
                 choices,
@@ -84,6 +96,18 @@ def candidates(problem: Problem, downsets: Sequence[int]) -> Iterator[TrainPlan]
                 objective=str(problem.objective),
                 sequential=True,
             )
+
+
+def num_states(problem: Problem, downsets: Sequence[int], sizes: Sequence[int]) -> int:
+    """States that `candidates` looks at over these micro-batch sizes, at most."""
+    inside = membership(downsets, problem.table.num_ops).astype(np.float32)
+    # Pairs (smaller, larger) with nothing of the smaller outside the larger.
+    num_pairs = int(np.count_nonzero(inside @ (1.0 - inside).T == 0))
+    max_stages = min(problem.num_devices, problem.table.num_ops)
+    num_variants = len(problem.recompute_choices) * sum(
+        len(divisors(size, problem.num_devices)) for size in sizes
+    )
+    return num_pairs * num_variants * max_stages * problem.num_devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +126,7 @@ class _DownsetSearch:
         self.problem = problem
         self.downsets = downsets
         self.micro_batch = micro_batch
-        # The bound is itself attainable, up to the order of its sums.
-        self.limit_s = limit_s * (1 + 1e-9)
+        self.limit_s = limit_s
         self.num_devices = problem.num_devices
         self.max_stages = min(problem.num_devices, problem.table.num_ops)
         self.variants = [

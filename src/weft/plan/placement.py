@@ -58,7 +58,7 @@ def place(
         order = list(range(len(num_devices)))
     for stage in order:
         usable = free & set(restricted[stage]) if stage in restricted else free
-        chosen = _choose(cluster, sorted(usable), num_devices[stage])
+        chosen = choose_devices(cluster, sorted(usable), num_devices[stage])
         if chosen is None:
             raise PlanError(
                 f"stage {stage} needs {num_devices[stage]} devices, but only {len(usable)} of "
@@ -69,7 +69,8 @@ def place(
     return [placed[stage] for stage in range(len(num_devices))]
 
 
-def _choose(cluster: Cluster, free: Sequence[int], count: int) -> tuple[int, ...] | None:
+def choose_devices(cluster: Cluster, free: Sequence[int], count: int) -> tuple[int, ...] | None:
+    """So many of the free devices, in one node where possible; None where there are too few."""
     if len(free) < count:
         return None
     by_node: dict[str, list[int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from weft.plan.bottleneck import NONE, BottleneckSolver, Solution
 from weft.plan.constraints import NO_RULES, Rules
 from weft.plan.cost_table import Candidates, CostTable, StageTable, Variant, divisors
 from weft.plan.stage_space import StageSpace
+
+LIKELY_FACTORS = (1.1, 1.35)
+"""Multiples of the lower bound that a search tries first; most problems are solved within them."""
 
 
 @dataclass(slots=True)
@@ -69,6 +73,7 @@ class BottleneckSearch:
         self.effort = effort or Effort()
         self.stages = StageTable(table, space.member)
         self._solvers: dict[int, BottleneckSolver] = {}
+        self._least: dict[int, Solution | None] = {}
 
     def solver(self, micro_batch: int) -> BottleneckSolver:
         """The solver of one micro-batch size."""
@@ -105,7 +110,7 @@ class BottleneckSearch:
         # A frozen stage skips even the fixed cost of backward.
         has_backward = np.array([op.flops_backward > 0 for op in self.table.graph.ops])
         for dp in divisors(micro_batch, self.num_devices):
-            times = self.table.op_times(micro_batch // dp)
+            times = self.table.least_op_times(micro_batch // dp)
             seconds = (times.forward_s + times.backward_s * has_backward) / micro_batch
             work = np.minimum(work, seconds * dp)
             slowest = np.minimum(slowest, seconds)
@@ -130,20 +135,37 @@ class BottleneckSearch:
 
         A bisection over the distinct prices of candidate stages: exact, since the bottleneck is one
         of them. After a success it goes on below what was achieved, which is often far below the
-        bound that was tried.
+        bound that was tried. The solution is the solver's for the least bottleneck itself, whatever
+        bounds were tried on the way.
         """
-        *_, best = (None, *self._improvements(micro_batch, below_s))
-        return best
+        if math.isfinite(below_s):
+            return self._new_least(micro_batch, below_s)
+        if micro_batch not in self._least:
+            self._least[micro_batch] = self._new_least(micro_batch, below_s)
+        return self._least[micro_batch]
 
-    def _improvements(self, micro_batch: int, below_s: float) -> Iterator[Solution]:
-        start = float(np.nextafter(below_s, 0.0)) if np.isfinite(below_s) else float(np.inf)
-        solution = self._try(micro_batch, start)
+    def _new_least(self, micro_batch: int, below_s: float) -> Solution | None:
+        *_, (tried_s, best) = ((math.inf, None), *self._improvements(micro_batch, below_s))
+        if best is None or best.bottleneck_s == tried_s:
+            return best
+        return self._try(micro_batch, best.bottleneck_s) or best
+
+    def _improvements(self, micro_batch: int, below_s: float) -> Iterator[tuple[float, Solution]]:
+        """Bounds that were met, each with a solution, ever lower."""
+        highest = float(np.nextafter(below_s, 0.0)) if np.isfinite(below_s) else float(np.inf)
+        lower = self.lower_bound_s(micro_batch)
+        failed, tried, solution = lower * (1 - 1e-9), 0.0, None
+        for factor in (*LIKELY_FACTORS, np.inf):
+            tried = min(lower * factor, highest) if np.isfinite(factor) else highest
+            solution = self._try(micro_batch, tried)
+            if solution is not None or tried == highest:
+                break
+            failed = tried
         if solution is None:
             return
-        yield solution
+        yield tried, solution
         prices = self.solver(micro_batch).candidates.time_per_sample_s
-        lower = self.lower_bound_s(micro_batch)
-        inside = prices[(prices >= lower) & (prices < solution.bottleneck_s)]
+        inside = prices[(prices > failed) & (prices < solution.bottleneck_s)]
         values = np.unique(inside)
         low, high = 0, len(values)
         while low < high and not self.effort.is_over:
@@ -152,7 +174,7 @@ class BottleneckSearch:
             if solution is None:
                 low = middle + 1
             else:
-                yield solution
+                yield float(values[middle]), solution
                 high = int(np.searchsorted(values, solution.bottleneck_s))
 
     def _try(self, micro_batch: int, bound_s: float) -> Solution | None:

@@ -22,11 +22,11 @@ def plan_spp(problem: Problem) -> TrainPlan:
     if problem.objective is Objective.BOTTLENECK:
         found = search.best(problem.micro_batches)
         if found is None:
-            raise explain_infeasible(problem, search)
+            raise explain_infeasible(problem, [search])
         return to_plan(problem, found.micro_batch, found.solution, method="spp", sequential=True)
     best = choose(problem, candidates(problem, search), len(problem.micro_batches))
     if best is None:
-        raise explain_infeasible(problem, search)
+        raise explain_infeasible(problem, [search])
     return finished(problem, best)
 
 
