@@ -97,6 +97,7 @@ def all_parts(quick: bool) -> Mapping[str, Callable[[], Findings]]:
         ),
         "work": lambda: search.branches((2, 4) if quick else (2, 4, 8, 16)),
         "case-study": reproduction.case_study,
+        "layer-stages": reproduction.one_layer_a_stage,
         "chain": reproduction.chain_is_equal,
         "micro-batches": reproduction.micro_batch_sweep,
         "ablation": lambda: reproduction.ablation(models, 8 if quick else 32),

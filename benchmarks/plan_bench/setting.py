@@ -20,6 +20,7 @@ from weft.graph.coarsen import coarsen
 from weft.graph.graph import Graph
 from weft.model.zoo.registry import resolve
 from weft.plan.api import plan as make_plan
+from weft.plan.constraints import Constraint
 from weft.plan.train_plan import TrainPlan
 from weft.sim.repair import repair_in_flight
 from weft.sim.stage_executor import simulate
@@ -62,6 +63,7 @@ class Outcome:
             "method": self.method,
             "samples_per_s": round(self.throughput_per_s, 3),
             "step_time_s": self.step_time_s if plan else None,
+            "bottleneck_s": plan.bottleneck_s if plan else None,
             "micro_batch": plan.micro_batch if plan else None,
             "num_stages": plan.num_stages if plan else None,
             "depth": plan.depth if plan else None,
@@ -93,6 +95,7 @@ def planned(
     training: TrainingSpec = SGD_FP32,
     micro_batches: Sequence[int] | None = None,
     contention: bool = True,
+    constraints: Sequence[Constraint] = (),
     time_limit_s: float | None = 120.0,
 ) -> Outcome:
     """One method's plan, simulated with links that queue (unless told otherwise)."""
@@ -107,6 +110,7 @@ def planned(
             training=training,
             micro_batches=micro_batches,
             cost=RooflineCost(dtype=training.dtype),
+            constraints=constraints,
             time_limit_s=time_limit_s,
         )
     except WeftError as error:
