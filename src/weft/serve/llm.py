@@ -5,19 +5,34 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from enum import StrEnum
 from itertools import count
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, TypeVar
 
 from weft.base.clock import WallClock
 from weft.base.errors import ConfigError, UnsupportedError
+from weft.engine.batch import AdapterRef
+from weft.engine.finetune import LossNormalization, OptimizerSpec
+from weft.engine.finetune_limits import FinetuneConfig
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.engine.sampling import SamplingParams
+from weft.graph.adapter_spec import AdapterSpec
 from weft.model.tokenizer import Tokenizer
 from weft.serve.engine_config import RUNTIME_BUILDER, EngineConfig
 from weft.serve.engine_core import EngineCore
+from weft.serve.finetune_data import OverlongSamples
 from weft.serve.interrupts import held_interrupts
+from weft.serve.messages import JobAction
+from weft.serve.offline_finetune import (
+    FINAL_STATUSES,
+    FinetuneData,
+    FinetuneJob,
+    FinetuneSettings,
+    load_samples,
+    new_job_name,
+)
 from weft.serve.output_processor import RequestProcessor
 from weft.serve.outputs import RequestOutput
 from weft.serve.prompts import (
@@ -42,6 +57,8 @@ class TextPrompt(TypedDict):
     prompt: str
 
 
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
 Prompt = str | TokensPrompt | TextPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
 
@@ -74,6 +91,7 @@ class LLM:
         num_threads: int | None = None,
         tensor_parallel_size: int = 1,
         trace: str | PathLike[str] | None = None,
+        finetune_config: FinetuneConfig | None = None,
         builder: str = RUNTIME_BUILDER,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -94,6 +112,7 @@ class LLM:
                 enable_prefix_caching=enable_prefix_caching,
                 num_threads=num_threads,
                 trace_path=None if trace is None else str(trace),
+                finetune=finetune_config or FinetuneConfig(),
                 builder=builder,
             )
         )
@@ -103,6 +122,8 @@ class LLM:
         self._clock = WallClock()
         self._numbers = count()
         self._is_closed = False
+        self._jobs: dict[str, FinetuneJob] = {}
+        """Those that have not ended."""
 
     def generate(
         self,
@@ -121,10 +142,10 @@ class LLM:
 
         Raises:
             InvalidRequestError: a prompt or its parameters cannot be served; nothing has run.
-            UnsupportedError: `lora_request` is not None.
+            UnsupportedError: `lora_request` is no adapter of ours.
         """
         self._check_open()
-        _refuse_adapter(lora_request)
+        adapter = _adapter(lora_request)
         texts: list[str | None] = []
         token_ids: list[Sequence[int]] = []
         for number, prompt in enumerate(prompt_list(prompts)):
@@ -135,7 +156,9 @@ class LLM:
                     token_ids.append(self._tokenizer.encode(parts.text or ""))
                 else:
                     token_ids.append(parts.token_ids)
-        return self._run("prompt", texts, token_ids, sampling_params, priority, use_tqdm=use_tqdm)
+        return self._run(
+            "prompt", texts, token_ids, sampling_params, priority, adapter, use_tqdm=use_tqdm
+        )
 
     def chat(
         self,
@@ -156,10 +179,10 @@ class LLM:
 
         Raises:
             InvalidRequestError: a conversation does not fit the chat template or the context.
-            UnsupportedError: `lora_request` is not None.
+            UnsupportedError: `lora_request` is no adapter of ours.
         """
         self._check_open()
-        _refuse_adapter(lora_request)
+        adapter = _adapter(lora_request)
         token_ids: list[Sequence[int]] = []
         for number, conversation in enumerate(conversation_list(messages)):
             with naming(f"conversation {number}"):
@@ -172,7 +195,86 @@ class LLM:
                 )
             token_ids.append(ids)
         texts: list[str | None] = [None] * len(token_ids)
-        return self._run("conversation", texts, token_ids, sampling_params, None, use_tqdm=use_tqdm)
+        return self._run(
+            "conversation", texts, token_ids, sampling_params, None, adapter, use_tqdm=use_tqdm
+        )
+
+    def finetune(
+        self,
+        data: FinetuneData,
+        *,
+        adapter: str | None = None,
+        lora: AdapterSpec | Mapping[str, Any] | None = None,
+        validation: FinetuneData | None = None,
+        optimizer: OptimizerSpec | Mapping[str, Any] | None = None,
+        num_epochs: int = 3,
+        batch_size: int = 1,
+        loss_normalization: str = "token",
+        seed: int = 0,
+        max_sample_tokens: int | None = None,
+        overlong_samples: str = "refuse",
+        checkpoint_every: int = 1,
+        output_dir: str | PathLike[str] | None = None,
+        resume_from: str | PathLike[str] | None = None,
+        initial_adapter: str | PathLike[str] | None = None,
+    ) -> FinetuneJob:
+        """Start training an adapter beside everything else; returns at once.
+
+        `data` is a JSONL file or an iterable of its lines as objects. `adapter` names the result.
+        `lora` holds `AdapterSpec`'s fields (rank, alpha, dropout, target_modules, ...), `optimizer`
+        those of `OptimizerSpec` (name, lr, schedule, ...). Iterations run within `generate`, `chat`
+        and the job's `wait` only; once it has succeeded, its `adapter` serves as `lora_request`.
+
+        Raises:
+            InvalidRequestError: a line of the data is refused; the message names it.
+            ConfigError: a setting is out of its range, or the name is taken.
+            OutOfMemoryError: the job does not fit; the message says what would do.
+        """
+        self._check_open()
+        limit = self.info.max_model_len
+        settings = FinetuneSettings(
+            lora=_made(AdapterSpec, lora, "lora"),
+            optimizer=_made(OptimizerSpec, optimizer, "optimizer"),
+            num_epochs=num_epochs,
+            batch_size=batch_size,
+            loss_normalization=_named(LossNormalization, loss_normalization, "loss_normalization"),
+            seed=seed,
+            max_sample_tokens=max_sample_tokens,
+            overlong_samples=_named(OverlongSamples, overlong_samples, "overlong_samples"),
+            checkpoint_every=checkpoint_every,
+            output_dir=None if output_dir is None else str(output_dir),
+            resume_from=None if resume_from is None else str(resume_from),
+            initial_adapter=None if initial_adapter is None else str(initial_adapter),
+        )
+        samples, checked = (
+            ()
+            if given is None
+            else load_samples(
+                given,
+                self._tokenizer,
+                max_tokens=min(max_sample_tokens or limit, limit),
+                overlong=settings.overlong_samples,
+            )
+            for given in (data, validation)
+        )
+        spec = settings.spec(adapter or new_job_name(), samples, checked)
+        job = FinetuneJob(spec, drive=self._drive_job, owner=self)
+        self._core.add_job(spec)
+        self._jobs[spec.id] = job
+        self._hear_jobs()
+        return job
+
+    def cancel_job(self, job: FinetuneJob) -> None:
+        """End a job without a result; does nothing to one that has ended."""
+        self._control(job, JobAction.CANCEL)
+
+    def pause_job(self, job: FinetuneJob) -> None:
+        """Let a job stand still."""
+        self._control(job, JobAction.PAUSE)
+
+    def resume_job(self, job: FinetuneJob) -> None:
+        """Let a paused job go on."""
+        self._control(job, JobAction.RESUME)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -228,6 +330,7 @@ class LLM:
         token_ids: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         priority: Sequence[int] | None,
+        adapter: AdapterRef | None,
         *,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
@@ -244,6 +347,7 @@ class LLM:
                 prompt_token_ids=tuple(ids),
                 sampling=sampling,
                 priority=urgency,
+                adapter=adapter,
                 arrival_s=self._clock.now_s(),
             )
             for ids, sampling, urgency in zip(token_ids, params, priorities, strict=True)
@@ -264,9 +368,10 @@ class LLM:
             try:
                 for processor in processors.values():
                     self._core.add(processor.request)
-                while self._core.has_work:
+                while not all(processor.is_finished for processor in processors.values()):
                     for update in self._core.step():
                         self._take(processors[update.request_id], update, advance)
+                    self._hear_jobs()
                     raise_if_interrupted()
             finally:
                 # After an interrupt or an error the engine must be as it was before.
@@ -276,9 +381,37 @@ class LLM:
                 self._drain()
 
     def _drain(self) -> None:
-        """Run off what cancelled requests have left in flight."""
-        while self._core.has_work:
+        """Run off what cancelled requests have left in flight; jobs wait for the next call."""
+        while self._core.has_work and not (self._jobs and self._has_no_requests()):
             self._core.step()
+            self._hear_jobs()
+
+    def _has_no_requests(self) -> bool:
+        stats = self._core.stats()
+        return not (stats.num_running or stats.num_waiting)
+
+    def _drive_job(self, job: FinetuneJob) -> None:
+        """One iteration for a job's `wait`."""
+        self._check_open()
+        if not self._core.has_work:
+            raise ConfigError(f"job {job.id} is {job.status}; resume it before waiting for it")
+        with held_interrupts():
+            self._core.step()
+            self._hear_jobs()
+
+    def _control(self, job: FinetuneJob, action: JobAction) -> None:
+        self._check_open()
+        if job.id in self._jobs:
+            self._core.control_job(job.id, action)
+            self._hear_jobs()
+
+    def _hear_jobs(self) -> None:
+        for event in self._core.take_finetune_events():
+            job = self._jobs.get(event.job_id)
+            if job is not None:
+                job.hear(event)
+                if job.status in FINAL_STATUSES:
+                    del self._jobs[job.id]
 
     def _take(
         self, processor: RequestProcessor, update: SequenceUpdate, advance: Callable[[], None]
@@ -293,9 +426,31 @@ class LLM:
             advance()
 
 
-def _refuse_adapter(lora_request: object) -> None:
-    if lora_request is not None:
-        raise UnsupportedError("lora_request is not supported yet; leave it None")
+def _adapter(lora_request: object) -> AdapterRef | None:
+    if lora_request is None or isinstance(lora_request, AdapterRef):
+        return lora_request
+    raise UnsupportedError(
+        f"lora_request is a {type(lora_request).__name__}; it must be the `adapter` of a "
+        "finetuning job, or None"
+    )
+
+
+def _made(kind: type[T], given: T | Mapping[str, Any] | None, name: str) -> T:
+    """A specification, from one or from its fields."""
+    if isinstance(given, kind):
+        return given
+    try:
+        return kind(**dict(given or {}))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _named(kind: type[E], value: str, name: str) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        raise ConfigError(f"{name} is {value!r}; it must be one of {known}") from None
 
 
 @contextlib.contextmanager
