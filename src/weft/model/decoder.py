@@ -12,7 +12,9 @@ from torch import Tensor
 
 from weft.graph.adapter_spec import Module
 from weft.graph.layer_graph import LAYER_INPUT
-from weft.model.adapters.bypass import BypassedLayer, Linear
+from weft.model.adapters.bypass import BypassedLayer
+from weft.model.adapters.table import Linear
+from weft.model.adapters.weights import layer_widths
 from weft.model.config import ModelConfig
 from weft.model.forward_step import ForwardStep, KvLayer, RopeRows, Taps
 from weft.model.kernels.interface import AttentionShape, HeadNorms, Kernels
@@ -45,7 +47,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.kernels = kernels
-        self._rope = rope
+        self.rope = rope
         self._groups = tuple(layer_groups)
         self._eps = config.rms_norm_eps
         self._norms = tuple(_head_norms(layer) for layer in weights.layers)
@@ -70,7 +72,7 @@ class Decoder:
         tokens are written on the way. Whatever `step.bypass` and `taps` ask for, each linear of
         the model is called once.
         """
-        rope = RopeRows(cos=self._rope.cos[step.positions], sin=self._rope.sin[step.positions])
+        rope = RopeRows(cos=self.rope.cos[step.positions], sin=self.rope.sin[step.positions])
         for index in range(len(self._norms)) if layers is None else layers:
             if step.bypass is None and taps is None:
                 hidden = self._layer(index, hidden, rope, kv[index], step)
@@ -124,13 +126,13 @@ class Decoder:
             step.groups[self._groups[index]],
         )
         layer.keep("attn_out", mixed)
-        hidden = layer.end(linears.output, Module.SELF_ATTN, weights.output, mixed, hidden)
+        hidden = layer.end(linears.output, linears.self_attn, weights.output, mixed, hidden)
         layer.keep("mlp_input", hidden)
         normed = kernels.rms_norm(hidden, weights.post_attention_norm, self._eps)
         layer.keep("mlp_normed", normed)
         active = layer.silu_mul(linears.gate_up, weights.gate_up, normed)
         layer.keep("act", active)
-        return layer.end(linears.down, Module.MLP, weights.down, active, hidden)
+        return layer.end(linears.down, linears.mlp, weights.down, active, hidden)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,26 +141,40 @@ class _Linears:
 
     qkv: tuple[Linear, ...]
     output: Linear
+    self_attn: Linear
     gate_up: tuple[Linear, ...]
     down: Linear
+    mlp: Linear
 
     @staticmethod
     def of(config: ModelConfig) -> _Linears:
         state = "raw" if config.qk_norm else "flat"
-        query, kv, ffn = config.query_size, config.kv_size, config.intermediate_size
+        sizes = layer_widths(config)
+        hidden = {"begin": 0, "width": sizes.hidden}
         return _Linears(
-            qkv=(
-                Linear(module=Module.Q_PROJ, name=f"query_{state}", width=query),
-                Linear(module=Module.K_PROJ, name=f"key_{state}", width=kv),
-                Linear(module=Module.V_PROJ, name="values", width=kv),
+            qkv=_stack(
+                (Module.Q_PROJ, f"query_{state}", sizes.query),
+                (Module.K_PROJ, f"key_{state}", sizes.kv),
+                (Module.V_PROJ, "values", sizes.kv),
             ),
-            output=Linear(module=Module.O_PROJ, name="attn_sub", width=config.hidden_size),
-            gate_up=(
-                Linear(module=Module.GATE_PROJ, name="gate", width=ffn),
-                Linear(module=Module.UP_PROJ, name="up", width=ffn),
+            output=Linear(module=Module.O_PROJ, name="attn_sub", **hidden),
+            self_attn=Linear(module=Module.SELF_ATTN, name="attn_sub", **hidden),
+            gate_up=_stack(
+                (Module.GATE_PROJ, "gate", sizes.ffn), (Module.UP_PROJ, "up", sizes.ffn)
             ),
-            down=Linear(module=Module.DOWN_PROJ, name="mlp_sub", width=config.hidden_size),
+            down=Linear(module=Module.DOWN_PROJ, name="mlp_sub", **hidden),
+            mlp=Linear(module=Module.MLP, name="mlp_sub", **hidden),
         )
+
+
+def _stack(*parts: tuple[Module, str, int]) -> tuple[Linear, ...]:
+    """Linears side by side, of (module, name, width)."""
+    found: list[Linear] = []
+    begin = 0
+    for module, name, width in parts:
+        found.append(Linear(module=module, name=name, begin=begin, width=width))
+        begin += width
+    return tuple(found)
 
 
 def _head_norms(layer: LayerWeights) -> HeadNorms | None:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from weft.model.adapters.table import GroupedRows
 from weft.model.adapters.weights import AdapterWeights
 from weft.model.finetune.dropout import DropoutKey
 
@@ -61,6 +62,8 @@ class BypassStep:
     """Which tokens pass through which adapters; no token is in two groups."""
 
     groups: tuple[BypassGroup, ...]
+    rows: GroupedRows | None = None
+    """Tokens whose adapters the grouped kernels find through a table."""
 
 
 class Taps(Protocol):

@@ -65,6 +65,13 @@ class LinearWeight(Protocol):
         """For stacked gate and up weights [2F, K]: silu(gate(x)) · up(x), [..., F]."""
         ...
 
+    def silu_mul(self, outputs: Tensor) -> Tensor:
+        """The end of `forward_silu_mul` for outputs [M, 2F] of `forward`, perhaps changed: [M, F].
+
+        A row that was not changed gets the bits that `forward_silu_mul` would give.
+        """
+        ...
+
     def grad_input(self, dy: Tensor) -> Tensor:
         """Map the gradient dy [..., N] of `y` to that of `x`: dx = dy W, [..., K]."""
         ...
@@ -137,7 +144,10 @@ class DenseLinear:
         return self.forward(x) + addend
 
     def forward_silu_mul(self, x: Tensor) -> Tensor:
-        gate, up = self.forward(x).chunk(2, dim=-1)
+        return DenseLinear.silu_mul(self, self.forward(x))
+
+    def silu_mul(self, outputs: Tensor) -> Tensor:
+        gate, up = outputs.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def grad_input(self, dy: Tensor) -> Tensor:
@@ -163,7 +173,7 @@ class CpuLinear(DenseLinear):
         return cpu_linear.linear(x, self._weight, self._bias)
 
     def forward_add(self, x: Tensor, addend: Tensor) -> Tensor:
-        """`forward(x) + addend`, rounded once where no bias is in the way."""
+        """`forward(x) + addend`, in one pass where no bias is in the way."""
         if self._bias is not None:
             return self.forward(x) + addend
         return cpu_linear.linear_add(x, self._weight, addend)
@@ -173,6 +183,11 @@ class CpuLinear(DenseLinear):
         if self._bias is not None:
             return super().forward_silu_mul(x)
         return cpu_linear.linear_silu_mul(x, self._weight)
+
+    def silu_mul(self, outputs: Tensor) -> Tensor:
+        if self._bias is not None:
+            return super().silu_mul(outputs)
+        return cpu_linear.silu_mul(outputs, self._weight)
 
     def grad_input(self, dy: Tensor) -> Tensor:
         """Map dy [..., N] to dx = dy W, [..., K], summed in float32."""

@@ -8,14 +8,14 @@ Shape legend: T tokens of the iteration, n tokens of a group, K in_features, N o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from weft.graph.adapter_spec import Module
 from weft.graph.layer_graph import bypass_raw, low_rank
+from weft.model.adapters.table import Field, GroupedRows, Linear
 from weft.model.adapters.weights import Bypass
 from weft.model.finetune.dropout import dropout_scale
 from weft.model.finetune.primitives import activation
@@ -23,17 +23,6 @@ from weft.model.forward_step import BypassGroup, ForwardStep, Taps
 from weft.model.linear import LinearWeight
 
 _NOTHING: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Linear:
-    """One of the linears that a stacked weight [N1 + N2 + .., K] holds."""
-
-    module: Module
-    name: str
-    """Its output's name for taps, behind its bypass; empty where taps do not see it."""
-    width: int
-    """Its out_features."""
 
 
 class BypassedLayer:
@@ -45,6 +34,7 @@ class BypassedLayer:
         self._taps = taps
         self._wanted: Collection[str] = _NOTHING if taps is None else taps.wants(layer)
         groups = () if step.bypass is None else step.bypass.groups
+        self._rows: GroupedRows | None = None if step.bypass is None else step.bypass.rows
         self._groups = tuple(group for group in groups if group.adapter.layers[layer])
 
     def keep(self, name: str, value: Tensor) -> None:
@@ -53,44 +43,41 @@ class BypassedLayer:
             rows = self._taps.rows
             self._taps.keep(self._layer, name, rows, value[rows])
 
-    def linears(self, parts: Sequence[Linear], weight: LinearWeight, x: Tensor) -> Tensor:
+    def linears(self, parts: tuple[Linear, ...], weight: LinearWeight, x: Tensor) -> Tensor:
         """x [T, K] through linears that share it, bypasses added: [T, N1 + N2 + ..]."""
         outputs = self._forward(parts, weight, x)
         self._add_low_rank(parts, x, outputs)
-        begin = 0
         for part in parts:
-            self.keep(part.name, outputs[:, begin : begin + part.width])
-            begin += part.width
+            self.keep(part.name, _columns(outputs, part))
         return outputs
 
-    def silu_mul(self, parts: Sequence[Linear], weight: LinearWeight, x: Tensor) -> Tensor:
+    def silu_mul(self, parts: tuple[Linear, ...], weight: LinearWeight, x: Tensor) -> Tensor:
         """silu(gate(x)) · up(x) [T, N]; x [T, K]."""
         if not self._concerns(parts):
             return weight.forward_silu_mul(x)
-        gate, up = self.linears(parts, weight, x).chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
+        return weight.silu_mul(self.linears(parts, weight, x))
 
     def end(
-        self, part: Linear, sub_layer: Module, weight: LinearWeight, x: Tensor, residual: Tensor
+        self, part: Linear, sub_layer: Linear, weight: LinearWeight, x: Tensor, residual: Tensor
     ) -> Tensor:
-        """A sub-layer's last linear, its bottlenecks, and the residual stream [T, N] added."""
-        bottlenecks = tuple(self._bypasses(sub_layer))
-        is_fused = not (
-            bottlenecks
-            or part.name in self._wanted
-            or bypass_raw(part.module) in self._wanted
-            or any(_scales_output(bypass) for _, bypass in self._bypasses(part.module))
-        )
-        if is_fused:
-            x_scaled, _ = self._scale_inputs((part,), x)
+        """A sub-layer's last linear, its bottlenecks, and the residual stream [T, N] added.
+
+        `x` may be overwritten.
+        """
+        parts = (part,)
+        if not self._ends_apart(part, sub_layer):
+            x_scaled, _ = self._scale_inputs(parts, x)
             outputs = weight.forward_add(x_scaled, residual)
-            self._add_low_rank((part,), x, outputs)
+            self._add_low_rank(parts, x, outputs)
             return outputs
-        outputs = self._forward((part,), weight, x)
-        self._add_low_rank((part,), x, outputs)
-        self.keep(bypass_raw(sub_layer), outputs)
-        for group, bypass in bottlenecks:
+        outputs = self._forward(parts, weight, x)
+        self._add_low_rank(parts, x, outputs)
+        self.keep(bypass_raw(sub_layer.module), outputs)
+        for group, bypass in self._bypasses(sub_layer.module):
             self._add_bottleneck(group, bypass, outputs)
+        if self._rows is not None and self._rows.has(self._layer, sub_layer.module, Field.RANK):
+            kernels = self._rows.table.kernels
+            kernels.add_low_rank(outputs, outputs, (sub_layer,), self._rows, self._layer)
         self.keep(part.name, outputs)
         return outputs.add_(residual)
 
@@ -102,34 +89,56 @@ class BypassedLayer:
             if bypass is not None:
                 yield group, bypass
 
-    def _concerns(self, parts: Sequence[Linear]) -> bool:
+    def _concerns(self, parts: tuple[Linear, ...]) -> bool:
         """Whether outputs of the parts are changed or shown."""
+        fields = (Field.RANK, Field.SCALE_OUTPUT)
+        rows = self._rows
         return any(
             part.name in self._wanted
             or bypass_raw(part.module) in self._wanted
+            or (rows is not None and any(rows.has(self._layer, part.module, f) for f in fields))
             or any(True for _ in self._bypasses(part.module))
             for part in parts
         )
 
-    def _forward(self, parts: Sequence[Linear], weight: LinearWeight, x: Tensor) -> Tensor:
+    def _ends_apart(self, part: Linear, sub_layer: Linear) -> bool:
+        """Whether a sub-layer's output is needed without the residual stream."""
+        rows, layer = self._rows, self._layer
+        return (
+            part.name in self._wanted
+            or bypass_raw(part.module) in self._wanted
+            or any(True for _ in self._bypasses(sub_layer.module))
+            or any(_scales_output(bypass) for _, bypass in self._bypasses(part.module))
+            or (
+                rows is not None
+                and (
+                    rows.has(layer, sub_layer.module, Field.RANK)
+                    or rows.has(layer, part.module, Field.SCALE_OUTPUT)
+                )
+            )
+        )
+
+    def _forward(self, parts: tuple[Linear, ...], weight: LinearWeight, x: Tensor) -> Tensor:
         """The one call of a base weight, with what (IA)³ does before and behind it."""
         num_tokens = x.shape[0]
         x, extra = self._scale_inputs(parts, x)
         outputs = weight.forward(x)
-        begin = 0
         for index, part in enumerate(parts):
-            view = outputs[:num_tokens, begin : begin + part.width]
+            view = _columns(outputs, part)
             for rows, first, last in extra.get(index, ()):
-                view[rows] = outputs[first:last, begin : begin + part.width]
+                view[rows] = view[first:last]
             self.keep(bypass_raw(part.module), view)
             for group, bypass in self._bypasses(part.module):
                 if _scales_output(bypass):
                     view[group.rows] *= bypass.weights["l"]
-            begin += part.width
-        return outputs[:num_tokens]
+        outputs = outputs[:num_tokens]
+        rows = self._rows
+        if rows is not None and rows.has_any(self._layer, parts, Field.SCALE_OUTPUT):
+            rows.table.kernels.scale(outputs, parts, rows, self._layer, Field.SCALE_OUTPUT)
+        return outputs
 
     def _scale_inputs(
-        self, parts: Sequence[Linear], x: Tensor
+        self, parts: tuple[Linear, ...], x: Tensor
     ) -> tuple[Tensor, dict[int, list[tuple[slice | Tensor, int, int]]]]:
         """What the base weight is applied to where (IA)³ scales inputs.
 
@@ -137,17 +146,21 @@ class BypassedLayer:
         others must see the plain rows, so scaled copies are appended; returns, by part, which rows
         of the output they replace, and where they begin and end.
         """
+        grouped = self._rows
+        if grouped is not None and grouped.has_any(self._layer, parts, Field.SCALE_INPUT):
+            (part,) = parts
+            place = Linear(module=part.module, name="", begin=0, width=x.shape[1])
+            grouped.table.kernels.scale(x, (place,), grouped, self._layer, Field.SCALE_INPUT)
         copies: list[Tensor] = []
         replaced: dict[int, list[tuple[slice | Tensor, int, int]]] = {}
-        end, plain = x.shape[0], x
+        end = x.shape[0]
         for index, part in enumerate(parts):
             for group, bypass in self._bypasses(part.module):
                 if not bypass.target.scales_input:
                     continue
-                scaled = plain[group.rows] * bypass.weights["l"]
+                scaled = x[group.rows] * bypass.weights["l"]
                 self._keep_of(group, f"scaled:{part.module}", scaled)
                 if len(parts) == 1:
-                    x = plain.clone() if x is plain else x
                     x[group.rows] = scaled
                     continue
                 begin, end = end, end + scaled.shape[0]
@@ -155,14 +168,14 @@ class BypassedLayer:
                 replaced.setdefault(index, []).append((group.rows, begin, end))
         return (torch.cat([x, *copies]) if copies else x), replaced
 
-    def _add_low_rank(self, parts: Sequence[Linear], x: Tensor, outputs: Tensor) -> None:
-        begin = 0
+    def _add_low_rank(self, parts: tuple[Linear, ...], x: Tensor, outputs: Tensor) -> None:
         for part in parts:
-            view = outputs[:, begin : begin + part.width]
             for group, bypass in self._bypasses(part.module):
                 if "A" in bypass.weights:
-                    self._add_lora(group, bypass, x, view)
-            begin += part.width
+                    self._add_lora(group, bypass, x, _columns(outputs, part))
+        rows = self._rows
+        if rows is not None and rows.has_any(self._layer, parts, Field.RANK):
+            rows.table.kernels.add_low_rank(x, outputs, parts, rows, self._layer)
 
     def _add_lora(self, group: BypassGroup, bypass: Bypass, x: Tensor, outputs: Tensor) -> None:
         rows, target = group.rows, bypass.target
@@ -199,6 +212,10 @@ class BypassedLayer:
             return
         if taps.rows.start <= rows.start and rows.stop <= taps.rows.stop:
             taps.keep(self._layer, name, rows, value)
+
+
+def _columns(outputs: Tensor, part: Linear) -> Tensor:
+    return outputs[:, part.begin : part.begin + part.width]
 
 
 def _scales_output(bypass: Bypass) -> bool:

@@ -19,7 +19,11 @@ from weft.model.kernels.cpu_ir import BF16, F32, I64, Builder, Storage, Val
 
 
 class Epilogue(StrEnum):
-    """What happens to an output before it is stored."""
+    """What happens to an output before it is stored.
+
+    ADD and SILU_MUL take the output as NONE would store it, so that a product fused with its
+    epilogue has the bits of the product and the epilogue apart.
+    """
 
     NONE = "none"
     BIAS = "bias"
@@ -221,9 +225,10 @@ def _store_outputs(
         case Epilogue.BIAS:
             value = value + k.load(p.extra, output, spec.storage, GROUP)
         case Epilogue.ADD:
-            value = value + k.load(p.extra, at, spec.storage, GROUP)
+            value = k.round_to(value, spec.storage) + k.load(p.extra, at, spec.storage, GROUP)
         case Epilogue.SILU_MUL:
             half = GROUP // 2
+            value = k.round_to(value, spec.storage)
             gate = k.shuffle(value, value, range(half))
             value = k.silu(gate) * k.shuffle(value, value, range(half, GROUP))
         case Epilogue.NONE:

@@ -17,6 +17,7 @@ from weft.model.kernels.cpu_gemm import GEMM_ARGS, MAX_ROW_BLOCK, Epilogue, Gemm
 from weft.model.kernels.cpu_ir import Isa, Storage
 from weft.model.kernels.cpu_panel import panel_calls, panel_spec
 from weft.model.kernels.cpu_panel_ir import CHUNK, MIN_PANEL_ROWS, panel_width
+from weft.model.kernels.cpu_rows_ir import SILU_MUL_ARGS, SiluMulSpec
 from weft.model.kernels.cpu_team import Call, NativeKernels, native_kernels
 
 _STORAGES = {
@@ -59,6 +60,11 @@ def _spec(native: NativeKernels, storage: Storage, epilogue: Epilogue, m: int, k
 
 def can_run_native(x: Tensor, weight: Tensor, epilogue: Epilogue) -> bool:
     """Whether the native kernel takes x [M, K] @ weight [N, K]ᵀ, and is the faster path for it."""
+    return x.stride(1) == 1 and _takes(x, weight, epilogue)
+
+
+def _takes(x: Tensor, weight: Tensor, epilogue: Epilogue) -> bool:
+    """`can_run_native` whatever the strides of x."""
     storage = storage_of(weight.dtype)
     if storage is None or x.device.type != "cpu" or x.dtype != weight.dtype:
         return False
@@ -70,7 +76,6 @@ def can_run_native(x: Tensor, weight: Tensor, epilogue: Epilogue) -> bool:
         0 < num_rows <= max_native_rows(storage)
         and k % 16 == 0
         and num_outputs >= 8
-        and x.stride(1) == 1
         and weight.is_contiguous()
         and native_kernels() is not None
     )
@@ -147,7 +152,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_add(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
-    """x Wᵀ + addend, rounded once: the end of an attention or feed-forward block.
+    """x Wᵀ + addend: the end of an attention or feed-forward block.
 
     x [..., K], addend [..., N].
     """
@@ -177,6 +182,25 @@ def linear_silu_mul(x: Tensor, gate_up: Tensor) -> Tensor:
     y = rows.new_empty(rows.shape[0], gate_up.shape[0] // 2)
     run_gemm(native, rows, gate_up, y, epilogue=Epilogue.SILU_MUL)
     return y.view(*x.shape[:-1], -1)
+
+
+def silu_mul(outputs: Tensor, gate_up: Tensor) -> Tensor:
+    """silu(g) · u for outputs [M, 2N] = [g, u] of a weight gate_up [2N, K]: [M, N].
+
+    By the path that `linear_silu_mul` takes for so many rows, with its very bits.
+    """
+    num_rows, size = outputs.shape[0], outputs.shape[1] // 2
+    input_like = outputs[:, :1].expand(num_rows, gate_up.shape[1])
+    native = native_kernels() if _takes(input_like, gate_up, Epilogue.SILU_MUL) else None
+    if native is None or size < native.isa.lanes or outputs.stride(1) != 1:
+        gate, up = outputs.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    out = outputs.new_empty(num_rows, size)
+    spec = SiluMulSpec(storage=_STORAGES[gate_up.dtype])
+    words = (outputs.data_ptr(), outputs.stride(0), out.data_ptr(), num_rows, size)
+    kernel, rows_word = native.address(spec), SILU_MUL_ARGS.index("num_rows")
+    native.team.submit(Call(kernel=kernel, words=words, rows_word=rows_word, keep=(outputs, out)))
+    return out
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:

@@ -403,7 +403,8 @@ def _store_outputs(
 ) -> None:
     lanes = k.isa.lanes
     if spec.epilogue is Epilogue.SILU_MUL:
-        gate, up = values
+        # Rounded first, as in `forward`: fused or apart, the bits are the same.
+        gate, up = (k.round_to(value, spec.storage) for value in values)
         k.store(p.y, row * p.ldy + output, k.silu(gate) * up, spec.storage)
         return
     for half, value in enumerate(values):
@@ -412,5 +413,5 @@ def _store_outputs(
         if spec.epilogue is Epilogue.BIAS:
             value = value + k.load(p.extra, column, spec.storage, lanes)
         elif spec.epilogue is Epilogue.ADD:
-            value = value + k.load(p.extra, at, spec.storage, lanes)
+            value = k.round_to(value, spec.storage) + k.load(p.extra, at, spec.storage, lanes)
         k.store(p.y, at, value, spec.storage)

@@ -11,6 +11,7 @@ from weft.model.kernels.cpu_ir import F32, I64, Builder, Storage, Val
 
 GATHER_ARGS = ("table", "table_stride_bytes", "ids", "out", "num_rows", "row_bytes")
 NORM_ARGS = ("x", "x_stride", "weight", "out", "num_rows", "size", "eps_bits")
+SILU_MUL_ARGS = ("gate_up", "stride", "out", "num_rows", "size")
 ROPE_ARGS = (
     "qkv",
     "qkv_stride",
@@ -76,6 +77,27 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiluMulSpec:
+    """One variant of silu(gate) · up."""
+
+    storage: Storage
+
+    @property
+    def name(self) -> str:
+        """A C identifier."""
+        return f"silu_mul_{self.storage}"
+
+    @property
+    def variants(self) -> tuple[SiluMulSpec, ...]:
+        """This one alone."""
+        return (self,)
+
+    def emit(self, k: Builder, args: Val, thread: Val, num_threads: Val) -> None:
+        """Write the body."""
+        emit_silu_mul(self, k, args, thread, num_threads)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatherSpec:
     """Rows of bytes by int64 index; there is one variant."""
 
@@ -117,6 +139,27 @@ def emit_rms_norm(spec: NormSpec, k: Builder, args_at: Val, thread: Val, num_thr
             value = k.load(x, row * args["x_stride"] + at, spec.storage, lanes) * scale
             value = k.round_to(value, spec.storage) * k.load(weight, at, spec.storage, lanes)
             k.store(out, row * size + at, value, spec.storage)
+
+
+def emit_silu_mul(
+    spec: SiluMulSpec, k: Builder, args_at: Val, thread: Val, num_threads: Val
+) -> None:
+    """out [T, size] = silu(gate) · up for gate_up [T, 2 size]; arguments `SILU_MUL_ARGS`.
+
+    `size` is at least the vector width.
+    """
+    args = {name: k.at(args_at, i, I64) for i, name in enumerate(SILU_MUL_ARGS)}
+    source, out = k.pointer(args["gate_up"]), k.pointer(args["out"])
+    lanes, size = k.isa.lanes, args["size"]
+    with k.range(thread, args["num_rows"], num_threads) as row:
+        gate = k.offset(source, row * args["stride"], spec.storage)
+        up, target = k.offset(gate, size, spec.storage), k.offset(out, row * size, spec.storage)
+        with k.range(0, size, lanes) as start:
+            # The last vector is pulled back to end with the row; what overlaps is made twice.
+            at = k.minimum(start, size - lanes)
+            value = k.silu(k.load(gate, at, spec.storage, lanes))
+            value = value * k.load(up, at, spec.storage, lanes)
+            k.store(target, at, value, spec.storage)
 
 
 def emit_rope(spec: RopeSpec, k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:

@@ -31,7 +31,10 @@ class TritonLinear(DenseLinear):
         return torch.addmm(addend, x, self._weight.t())
 
     def forward_silu_mul(self, x: Tensor) -> Tensor:
-        return triton_ops.silu_mul(self.forward(x))
+        return self.silu_mul(self.forward(x))
+
+    def silu_mul(self, outputs: Tensor) -> Tensor:
+        return triton_ops.silu_mul(outputs)
 
 
 class TritonKernels:
