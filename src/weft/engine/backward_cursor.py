@@ -45,7 +45,7 @@ class BackwardCursor:
     end: int
     """Tokens from here on are done in `layer`; for window-major: right end of the open window."""
     begin: int
-    """Window-major: left end of the open window; equal to `end` while none is open."""
+    """Window-major: left end of the open window; equal to `end` while none is open. Else unused."""
 
     @classmethod
     def at_top(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from weft.base.errors import ConfigError
@@ -56,11 +56,16 @@ class FinetuneConfig:
     """
 
     policy: FinetunePolicy = FinetunePolicy.COSERVE
-    slo: LatencySlo = field(default_factory=LatencySlo)
+    slo: LatencySlo | None = None
+    """None takes the objectives that follow from the executor's step times, where they are known,
+    and else the defaults."""
     max_iteration_s: float = 0.1
     """Of an iteration with finetuning: what an arrival waits for it at most, as predicted."""
     min_share: float = 0.0
     """Share of the executor's time that jobs get even where the objectives leave none."""
+    paces_prompts: bool = True
+    """Split prompts so that they do not hold up running requests beyond their objective; not for
+    `budget`, which has its own bound."""
     granule_tokens: int = 16
     """Windows are multiples of this, but for the last of a sample."""
     max_window_tokens: int = 2048

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -71,18 +72,21 @@ def _context_read(batch: Batch, group: CacheGroup, first: int, end: int) -> int:
 def _with_finetuning(
     shape: IterationShape, batch: Batch, work: FinetuneWork, terms: SpanTerms
 ) -> IterationShape:
+    backward: list[tuple[int, int, int, int]] = []
     for segment in work.segments:
         begin, end = segment.begin, segment.end
         if batch.kinds[segment.row] == _FT_FORWARD:
             shape = terms.add_forward(shape, begin, end, end - begin)
         else:
             first, last = batch.layers[segment.row].tolist()
-            shape = terms.add_backward(shape, begin, end, first, last)
+            backward.append((begin, end, first, last))
+    if backward:
+        shape = terms.add_backward(shape, backward)
     return replace(shape, num_ft_steps=len(work.steps))
 
 
 class SpanTerms:
-    """Adds spans of finetuning samples to a shape."""
+    """Adds rows to a shape, one by one."""
 
     def __init__(self, info: ExecutorInfo) -> None:
         self._num_layers = info.num_layers
@@ -92,16 +96,45 @@ class SpanTerms:
                 self._windows[layer] = group.window
         self._kinds = sorted(set(self._windows), key=lambda window: window or 0)
 
-    def add_forward(
-        self, shape: IterationShape, begin: int, end: int, num_labels: int
+    def contexts(self, lengths: Sequence[int]) -> float:
+        """Sum of what the last tokens of sequences of these lengths see."""
+        total = 0.0
+        for window in self._kinds:
+            share = self._windows.count(window) / self._num_layers
+            if window is None:
+                total += share * sum(lengths)
+            else:
+                total += share * sum(min(length, window) for length in lengths)
+        return total
+
+    def add_prefill(
+        self, shape: IterationShape, begin: int, count: int, *, samples: bool
     ) -> IterationShape:
-        """One more forward row, of the tokens [begin, end) of a sample."""
+        """One more chunk of a prompt: `count` tokens behind `begin` cached ones."""
+        context, pairs = self._span(begin, begin + count)
+        return replace(
+            shape,
+            num_prefill_rows=shape.num_prefill_rows + 1,
+            num_prefill_tokens=shape.num_prefill_tokens + count,
+            num_sampled_rows=shape.num_sampled_rows + samples,
+            prefill_context_tokens=shape.prefill_context_tokens + context,
+            prefill_pairs=shape.prefill_pairs + pairs,
+        )
+
+    def _span(self, begin: int, end: int) -> tuple[float, float]:
+        """Tokens read and query-key pairs of a span, averaged over the layers."""
         context = pairs = 0.0
         for window in self._kinds:
             share = self._windows.count(window) / self._num_layers
             pairs += share * _pairs(begin, end, window)
-            read = end if window is None else min(end, end - begin + window - 1)
-            context += share * read
+            context += share * (end if window is None else min(end, end - begin + window - 1))
+        return context, pairs
+
+    def add_forward(
+        self, shape: IterationShape, begin: int, end: int, num_labels: int
+    ) -> IterationShape:
+        """One more forward row, of the tokens [begin, end) of a sample."""
+        context, pairs = self._span(begin, end)
         return replace(
             shape,
             num_ft_rows=shape.num_ft_rows + 1,
@@ -112,19 +145,26 @@ class SpanTerms:
         )
 
     def add_backward(
-        self, shape: IterationShape, begin: int, end: int, first_layer: int, end_layer: int
+        self, shape: IterationShape, spans: Iterable[tuple[int, int, int, int]]
     ) -> IterationShape:
-        """One more backward row, of [begin, end) through the layers [first_layer, end_layer)."""
-        num_layers = end_layer - first_layer
-        pairs = 0.0
-        for window in self._kinds:
-            count = self._windows[first_layer:end_layer].count(window)
-            pairs += count * _pairs(begin, end, window) if count else 0
+        """Further backward rows, each (begin, end, first layer, end layer)."""
+        layer_rows, token_layers, pairs = (
+            shape.num_ft_layer_rows,
+            shape.num_ft_token_layers,
+            shape.ft_pair_layers,
+        )
+        for begin, end, first_layer, end_layer in spans:
+            num_layers = end_layer - first_layer
+            layer_rows += num_layers
+            token_layers += (end - begin) * num_layers
+            for window in self._kinds:
+                count = self._windows[first_layer:end_layer].count(window)
+                pairs += count * _pairs(begin, end, window) if count else 0
         return replace(
             shape,
-            num_ft_layer_rows=shape.num_ft_layer_rows + num_layers,
-            num_ft_token_layers=shape.num_ft_token_layers + (end - begin) * num_layers,
-            ft_pair_layers=shape.ft_pair_layers + pairs,
+            num_ft_layer_rows=layer_rows,
+            num_ft_token_layers=token_layers,
+            ft_pair_layers=pairs,
         )
 
 

@@ -14,20 +14,30 @@ _Backward = tuple[tuple[BackwardSpan, ...], BackwardCursor]
 
 
 @dataclass(kw_only=True, slots=True)
-class NoRoom:
-    """Nothing: only commands that cost nothing go out."""
+class LeastRoom:
+    """One piece, as small as can be."""
+
+    granule: int
+    is_taken: bool = False
 
     def forward(self, sample: ActiveSample) -> int:
-        """None."""
-        return 0
+        """A granule."""
+        return min(self.granule, sample.num_forward_left) if self._take() else 0
 
     def backward(self, sample: ActiveSample, cursor: BackwardCursor) -> _Backward:
-        """None."""
-        return (), cursor
+        """A granule of one layer; in window-major order, of the open window's next layer."""
+        if not self._take():
+            return (), cursor
+        least = max(self.granule, cursor.end - cursor.begin)
+        return cursor.take(least, granule=self.granule)
 
     def step(self) -> bool:
-        """No."""
-        return False
+        """It is one."""
+        return self._take()
+
+    def _take(self) -> bool:
+        was_taken, self.is_taken = self.is_taken, True
+        return not was_taken
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,6 +112,14 @@ class SampleRoom:
     max_window: int
     sample: ActiveSample | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the sample needs no further iteration."""
+        sample = self.sample
+        if sample is None or sample.num_forward_left:
+            return False
+        return sample.planned.is_validation or (sample.cursor is not None and sample.cursor.is_done)
+
     def forward(self, sample: ActiveSample) -> int:
         """All of the sample that came first."""
         if self.sample is None:
@@ -162,12 +180,10 @@ class TimedRoom:
         """The most token-layers that end in time."""
 
         def shape_of(count: int) -> IterationShape:
-            shape = self.shape
-            for span in cursor.take(count, granule=self._granule)[0]:
-                shape = self._terms.add_backward(
-                    shape, span.begin, span.end, span.first_layer, span.end_layer
-                )
-            return shape
+            spans = cursor.take(count, granule=self._granule)[0]
+            return self._terms.add_backward(
+                self.shape, [(s.begin, s.end, s.first_layer, s.end_layer) for s in spans]
+            )
 
         count = self._largest(cursor.num_left, shape_of)
         spans, behind = cursor.take(count, granule=self._granule)

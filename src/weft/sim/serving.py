@@ -6,9 +6,11 @@ executor; `benchmarks/replay_trace.py` calls it with the machine's clock and the
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,14 +20,28 @@ from weft.cost.step_time import IterationShape, StepTimeModel
 from weft.engine.batch import Batch, ExecutorInfo, StepResult
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
+from weft.engine.coserve import CoServing
 from weft.engine.executor import BatchExecutor
-from weft.engine.iteration_shape import iteration_shape
+from weft.engine.finetune import FinetuneEvent, FinetuneJobSpec
+from weft.engine.finetune_limits import FinetuneConfig, FinetuneMemory
+from weft.engine.iteration_shape import ShapeCounter
 from weft.engine.loop import EngineLoop
 from weft.engine.request import Request, SequenceUpdate
 from weft.engine.sampling import SamplingParams
 from weft.sim.batch_executor import SimulatedBatchExecutor
 from weft.sim.serving_report import IterationRecord, RequestColumns, ServingReport
 from weft.sim.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoServed:
+    """Finetuning beside a workload."""
+
+    config: FinetuneConfig
+    jobs: tuple[FinetuneJobSpec, ...]
+    predictor: StepTimeModel | None = None
+    """Where the policy's predictions start; None means at the simulated executor's own times."""
+    memory: FinetuneMemory | None = None
 
 
 def simulate_serving(
@@ -36,11 +52,13 @@ def simulate_serving(
     config: PolicyConfig,
     max_in_flight: int = 1,
     sampling: SamplingParams | None = None,
+    finetune: CoServed | None = None,
 ) -> ServingReport:
     """Serve `workload` under the virtual clock; equal arguments give equal reports, bit for bit.
 
     The policy, its KV pages, its prefix cache and the loop are those that serve; only the executor
-    is modelled: `info` says what it holds and `step_time` how long its batches take.
+    is modelled: `info` says what it holds and `step_time` how long its batches take. With
+    `finetune`, its jobs share the iterations until the last request is answered.
 
     Raises:
         OutOfMemoryError: the pages of `info` cannot hold one sequence of `config.max_model_len`.
@@ -50,7 +68,19 @@ def simulate_serving(
     executor = SimulatedBatchExecutor(
         info, step_time, clock, max_in_flight=max_in_flight, filler_token=next(fillers, 0)
     )
-    policy = ContinuousBatching(config, info, clock)
+    if finetune is None:
+        policy = ContinuousBatching(config, info, clock)
+    else:
+        policy = CoServing(
+            config,
+            info,
+            clock,
+            finetune=finetune.config,
+            step_time=finetune.predictor or step_time,
+            memory=finetune.memory,
+        )
+        for job in finetune.jobs:
+            policy.add_job(job)
     return replay(
         workload,
         policy,
@@ -75,9 +105,10 @@ def replay(
 ) -> ServingReport:
     """Submit every request at its arrival (open loop) and step the engine until all are answered.
 
-    Requests join between iterations, as they do in the server. `wait_until` passes the time while
-    the engine has nothing to do. `sampling` is as in `Workload.request`; `requests` gives the
-    requests ready-made (then making them costs no time of a real replay).
+    Requests join between iterations, as they do in the server; jobs of the policy run meanwhile,
+    and stop with the last answer. `wait_until` passes the time while the engine has nothing to do.
+    `sampling` is as in `Workload.request`; `requests` gives the requests ready-made (then making
+    them costs no time of a real replay).
     """
     watched = _WatchedExecutor(executor, policy, clock)
     loop = EngineLoop(policy, watched)
@@ -86,7 +117,7 @@ def replay(
     watched.origin_s = start_s
     arrivals = workload.arrival_s.tolist()
     arrived = 0
-    while arrived < len(arrivals) or loop.has_work:
+    while arrived < len(arrivals) or recorder.num_open:
         now_s = clock.now_s() - start_s
         while arrived < len(arrivals) and arrivals[arrived] <= now_s:
             request = (
@@ -95,7 +126,9 @@ def replay(
                 else workload.request(arrived, executor.info.vocab_size, sampling)
             )
             try:
-                policy.add(request)
+                # The policy's clock need not begin at 0.
+                policy.add(dataclasses.replace(request, arrival_s=start_s + arrivals[arrived]))
+                recorder.num_open += request.sampling.n
             except (InvalidRequestError, QueueFullError):
                 recorder.is_rejected[arrived] = True
             arrived += 1
@@ -104,6 +137,8 @@ def replay(
             recorder.take(updates, clock.now_s() - start_s)
         elif arrived < len(arrivals):
             wait_until(start_s + arrivals[arrived])
+        if isinstance(policy, CoServing):
+            recorder.events.extend(policy.take_finetune_events())
     return recorder.report(policy, tuple(watched.records), simulated=simulated, origin_s=start_s)
 
 
@@ -118,6 +153,7 @@ class _WatchedExecutor:
         self._last_end_s = 0.0
         self.origin_s = 0.0
         self.records: list[IterationRecord] = []
+        self._counter = ShapeCounter(executor.info)
 
     @property
     def info(self) -> ExecutorInfo:
@@ -129,7 +165,7 @@ class _WatchedExecutor:
 
     def submit(self, batch: Batch) -> None:
         stats = self._policy.stats()
-        shape = iteration_shape(batch, self._executor.info)
+        shape = self._counter.count(batch)
         before_s = self._clock.now_s() - self.origin_s
         self._executor.submit(batch)
         self._submitted.append(
@@ -177,6 +213,9 @@ class _Recorder:
         self._gaps_s = array("d")
         self._num_finished = 0
         self.is_rejected = np.zeros(size, np.bool_)
+        self.num_open = 0
+        """Choices that are not answered."""
+        self.events: list[FinetuneEvent] = []
 
     def take(self, updates: Sequence[SequenceUpdate], now_s: float) -> None:
         first_s, last_s, generated = self._first_s, self._last_s, self._num_generated
@@ -194,6 +233,7 @@ class _Recorder:
                 generated[index] += count
             if update.finish_reason is not None:
                 self._num_finished += 1
+                self.num_open -= 1
 
     def report(
         self,
@@ -220,6 +260,7 @@ class _Recorder:
                 is_rejected=self.is_rejected,
             ),
             iterations=iterations,
+            finetune_events=tuple(self.events),
             inter_token_s=np.array(self._gaps_s, np.float64),
             num_finished=self._num_finished,
             num_preempted=stats.num_preemptions,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from weft.base.trace import TraceWriter
 from weft.cost.step_time import IterationShape
+from weft.engine.finetune import FinetuneEvent, StepMetrics
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -121,6 +122,23 @@ class ServingReport:
     """Rows of the trace that were left out when it was read."""
     prefix_cache_hit_share: float
     """Share of admitted prompt tokens that the prefix cache held."""
+    finetune_events: tuple[FinetuneEvent, ...] = ()
+    """Of the jobs that ran beside, in order."""
+
+    @property
+    def num_finetune_tokens(self) -> int:
+        """Finetuning tokens that went forward."""
+        return sum(iteration.shape.num_ft_tokens for iteration in self.iterations)
+
+    @property
+    def num_finetune_token_layers(self) -> int:
+        """Finetuning tokens times layers that went backward."""
+        return sum(iteration.shape.num_ft_token_layers for iteration in self.iterations)
+
+    @property
+    def finetune_tokens_per_s(self) -> float:
+        """Finetuning tokens forward per second of the duration (FlexLLM's metric)."""
+        return self.num_finetune_tokens / self.duration_s if self.duration_s else 0.0
 
     @property
     def duration_s(self) -> float:
@@ -179,6 +197,17 @@ class ServingReport:
             "duration_s": self.duration_s,
             "busy_share": self.busy_share,
             "prefix_cache_hit_share": self.prefix_cache_hit_share,
+        } | self._finetune_summary()
+
+    def _finetune_summary(self) -> dict[str, Any]:
+        if not any(iteration.shape.has_finetuning for iteration in self.iterations):
+            return {}
+        steps = [event for event in self.finetune_events if isinstance(event, StepMetrics)]
+        return {
+            "finetune_tokens_per_s": self.finetune_tokens_per_s,
+            "num_finetune_tokens": self.num_finetune_tokens,
+            "num_finetune_token_layers": self.num_finetune_token_layers,
+            "num_finetune_steps": len(steps),
         }
 
     def trace(self) -> TraceWriter:
@@ -195,7 +224,7 @@ def _trace_iteration(writer: TraceWriter, number: int, iteration: IterationRecor
     writer.slice(
         "engine",
         "iterations",
-        f"{shape.num_decode_rows} decode + {shape.num_prefill_tokens} prefill",
+        _carried(shape),
         start_s=iteration.start_s,
         duration_s=iteration.end_s - iteration.start_s,
         category="iteration",
@@ -205,6 +234,9 @@ def _trace_iteration(writer: TraceWriter, number: int, iteration: IterationRecor
             "prefill_rows": shape.num_prefill_rows,
             "prefill_tokens": shape.num_prefill_tokens,
             "sampled_rows": shape.num_sampled_rows,
+            "finetune_tokens": shape.num_ft_tokens,
+            "finetune_token_layers": shape.num_ft_token_layers,
+            "optimizer_steps": shape.num_ft_steps,
         },
     )
     start_s = iteration.start_s
@@ -218,6 +250,15 @@ def _trace_iteration(writer: TraceWriter, number: int, iteration: IterationRecor
             "waiting": float(iteration.num_waiting),
         },
     )
+
+
+def _carried(shape: IterationShape) -> str:
+    text = f"{shape.num_decode_rows} decode + {shape.num_prefill_tokens} prefill"
+    if shape.num_ft_tokens:
+        text += f" + {shape.num_ft_tokens} forward"
+    if shape.num_ft_token_layers:
+        text += f" + {shape.num_ft_token_layers} backward"
+    return text
 
 
 def _trace_requests(writer: TraceWriter, requests: RequestColumns) -> None:

@@ -1,0 +1,170 @@
+"""How long an iteration may take, so that every request keeps its latency objectives.
+
+A running request must get its next tokens at the pace that its objective asks for, a waiting one
+its first token in time. What is left is the budget of an iteration. (FlexLLM, arXiv 2402.18789
+§6.2, where the budget is the objective itself; here it is each request's own slack.)
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from weft.cost.online_step_time import OnlineStepTime
+from weft.cost.step_time import IterationShape, StepTimeModel
+from weft.engine.finetune_limits import LatencySlo
+from weft.engine.iteration_shape import SpanTerms
+from weft.engine.sequence import Sequence as EngineSequence
+
+_HORIZON = 32
+"""Tokens within which a request that fell behind must have caught up."""
+_MOST_WAITING = 64
+"""Of the queue, the first so many are looked at."""
+_USUAL_CONTEXT = 256
+_LEAST_TPOT_S = 0.02
+_LEAST_TTFT_S = 1.0
+
+
+def slo_from(model: StepTimeModel) -> LatencySlo:
+    """Objectives of a model: TPOT max(20 ms, 4 x a lone decode's step), TTFT 1 s or 10 prefills."""
+    shape = IterationShape(
+        num_decode_rows=1, num_sampled_rows=1, decode_context_tokens=float(_USUAL_CONTEXT)
+    )
+    step_s = model.device_s(shape) + model.host_s(shape)
+    return LatencySlo(tpot_s=max(_LEAST_TPOT_S, 4 * step_s), ttft_s=_LEAST_TTFT_S)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pending:
+    """A prompt that is not computed yet."""
+
+    sequence: EngineSequence
+    begin: int
+    count: int
+
+
+class Pacer:
+    """Turns requests' clocks into seconds of an iteration."""
+
+    def __init__(self, slo: LatencySlo, step_time: OnlineStepTime, terms: SpanTerms) -> None:
+        self.slo = slo
+        self._step_time = step_time
+        self._terms = terms
+
+    def decode_s(self, sequences: Iterable[EngineSequence], start_s: float) -> float:
+        """Seconds that an iteration with these decodes may take, if it starts at `start_s`.
+
+        Their tokens that are in flight count as delivered by then. A request that cannot make its
+        objective any more, whatever is done, holds nobody up.
+        """
+        tpot_s = self.slo.tpot_s
+        limit = tpot_s
+        least_s = None
+        for sequence in sequences:
+            if math.isnan(sequence.first_token_s):
+                continue  # Its first token is in flight: it begins with a clean slate.
+            gaps = sequence.num_output + sequence.num_pending - 1
+            behind_s = start_s - sequence.first_token_s - tpot_s * gaps
+            if behind_s <= 0:
+                continue
+            left = max(1, sequence.max_len - len(sequence.tokens) - sequence.num_pending)
+            if least_s is None:
+                least_s = self._least_decode_s()
+            if behind_s > left * (tpot_s - least_s):
+                continue
+            limit = min(limit, tpot_s - behind_s / min(left, _HORIZON))
+        return limit
+
+    def first_tokens_s(self, pending: Sequence[Pending], start_s: float) -> float:
+        """Seconds that this iteration may take before the first of these prompts is too late.
+
+        Prompts are computed in their order, at the rate of an otherwise empty device.
+        """
+        limit, ahead_s = math.inf, 0.0
+        for prompt in pending:
+            ahead_s += self.prefill_s(prompt.begin, prompt.count)
+            if not math.isnan(prompt.sequence.first_token_s):
+                continue  # Preempted: its first token was in time or not.
+            limit = min(limit, self.deadline_s(prompt.sequence) - start_s - ahead_s)
+        return limit
+
+    def deadline_s(self, sequence: EngineSequence) -> float:
+        """When a request's first token is due."""
+        slo = self.slo
+        own_s = slo.ttft_prefills * self.prefill_s(0, sequence.num_prompt)
+        return sequence.arrived_s + max(slo.ttft_s, own_s)
+
+    def prefill_s(self, begin: int, count: int) -> float:
+        """Seconds of `count` tokens of a prompt behind `begin` cached ones, alone."""
+        if count <= 0:
+            return 0.0
+        shape = self._terms.add_prefill(IterationShape(), begin, count, samples=True)
+        return self._step_time.seconds(shape)
+
+    def chunk_tokens(
+        self,
+        decodes: IterationShape,
+        pending: Sequence[Pending],
+        *,
+        start_s: float,
+        limit_s: float,
+        granule: int,
+        most: int,
+    ) -> int:
+        """Tokens of prompts that may join these decodes without holding them up.
+
+        All of `most` if first tokens would come too late at that pace.
+        """
+        first = pending[0]
+        shape_of = self._terms.add_prefill
+        upper_s = self._step_time.upper_s
+        low, high = 0, max(1, most // granule)
+        while low < high:
+            middle = (low + high + 1) // 2
+            shape = shape_of(decodes, first.begin, middle * granule, samples=True)
+            fits = upper_s(shape) <= limit_s
+            low, high = (middle, high) if fits else (low, middle - 1)
+        count = max(1, low) * granule
+        if count >= most:
+            return most
+        chunk_s = self._step_time.seconds(shape_of(decodes, first.begin, count, samples=True))
+        decode_s = self._step_time.seconds(decodes)
+        share = max(1e-3, 1.0 - decode_s / chunk_s) if chunk_s > 0 else 1.0
+        ahead_s = 0.0
+        for prompt in pending:
+            ahead_s += self.prefill_s(prompt.begin, prompt.count)
+            if not math.isnan(prompt.sequence.first_token_s):
+                continue
+            if ahead_s / share > self.deadline_s(prompt.sequence) - start_s:
+                return most
+        return count
+
+    def _least_decode_s(self) -> float:
+        shape = IterationShape(
+            num_decode_rows=1, num_sampled_rows=1, decode_context_tokens=float(_USUAL_CONTEXT)
+        )
+        return min(self._step_time.seconds(shape), 0.99 * self.slo.tpot_s)
+
+
+def decode_shape(sequences: Sequence[EngineSequence], terms: SpanTerms) -> IterationShape:
+    """An iteration of these decodes alone."""
+    count = len(sequences)
+    contexts = [len(sequence.tokens) + sequence.num_pending for sequence in sequences]
+    return replace(
+        IterationShape(),
+        num_decode_rows=count,
+        num_sampled_rows=count,
+        decode_context_tokens=terms.contexts(contexts),
+    )
+
+
+def waiting_prompts(
+    queue: Sequence[tuple[tuple[int, int], int, EngineSequence]],
+) -> list[Pending]:
+    """The first of a queue, in its order."""
+    first = heapq.nsmallest(_MOST_WAITING, queue)
+    return [
+        Pending(sequence=sequence, begin=0, count=len(sequence.tokens)) for _, _, sequence in first
+    ]
