@@ -14,7 +14,7 @@ from model.adapters.random_adapters import random_adapter
 from runtime.harness import HandMade, Row, make_context, random_model
 from weft.graph.adapter_spec import AdapterKind, AdapterSpec
 from weft.model.adapters.table import AdapterTable
-from weft.model.adapters.weights import AdapterWeights, FrozenBypass
+from weft.model.adapters.weights import pack
 from weft.model.forward_step import BypassGroup, BypassStep, ForwardStep
 from weft.model.kernels.cpu_lora import CpuGrouped
 from weft.model.kernels.cpu_team import native_kernels
@@ -30,25 +30,6 @@ SPECS = (
     AdapterSpec(kind=AdapterKind.BOTTLENECK, rank=7, activation="relu"),
     AdapterSpec(kind=AdapterKind.BOTTLENECK, rank=3, activation="gelu", target_modules=("mlp",)),
 )
-
-
-def laid_out(adapter: AdapterWeights) -> AdapterWeights:
-    """As files are loaded: outputs' weights by rank."""
-    layers = [
-        {
-            module: FrozenBypass(
-                target=bypass.target,
-                weights={
-                    name: weight.t().contiguous().t() if name in ("B", "up") else weight
-                    for name, weight in bypass.weights.items()
-                },
-                activation=bypass.activation,
-            )
-            for module, bypass in layer.items()
-        }
-        for layer in adapter.layers
-    ]
-    return AdapterWeights(kind=adapter.kind, layers=tuple(layers))
 
 
 def step_of(context: DeviceContext) -> tuple[ForwardStep, list[int]]:
@@ -73,7 +54,7 @@ def test_native_rows_equal_groups_and_leave_others_alone(
         pytest.skip("this processor has no native kernels")
     context = make_context(random_model("llama3-gqa"), dtype=dtype, num_sequences=16)
     adapters = [
-        laid_out(random_adapter(spec, context.config, seed=seed, dtype=dtype))
+        pack(random_adapter(spec, context.config, seed=seed, dtype=dtype), "cpu")
         for seed, spec in enumerate(SPECS)
     ]
     table = AdapterTable(context.config.num_layers, CpuGrouped(native, dtype))
@@ -112,7 +93,7 @@ def test_a_table_grows_and_reuses_slots() -> None:
     if native is None:
         pytest.skip("this processor has no native kernels")
     context = make_context(random_model("llama3-gqa"), dtype=torch.float32)
-    adapter = laid_out(random_adapter(SPECS[0], context.config, seed=0, dtype=torch.float32))
+    adapter = pack(random_adapter(SPECS[0], context.config, seed=0, dtype=torch.float32), "cpu")
     table = AdapterTable(context.config.num_layers, CpuGrouped(native, torch.float32))
     slots = [table.add(adapter) for _ in range(40)]
     assert sorted(slots) == list(range(40))  # type: ignore[type-var]
@@ -133,6 +114,6 @@ def test_what_the_kernels_do_not_take_stays_with_groups() -> None:
     )
     assert not kernels.takes(random_adapter(odd, config, seed=0, dtype=torch.float32))
     wide = random_adapter(SPECS[0], config, seed=0, dtype=torch.float64)
-    assert not kernels.takes(laid_out(wide))
+    assert not kernels.takes(pack(wide, "cpu"))
     narrow = random_adapter(SPECS[0], replace(config, intermediate_size=44), seed=0)
-    assert not CpuGrouped(native, torch.float32).takes(laid_out(narrow))
+    assert not CpuGrouped(native, torch.float32).takes(pack(narrow, "cpu"))

@@ -30,6 +30,7 @@ from weft.model.adapters.weights import (
     FrozenBypass,
     collect_layers,
     model_targets,
+    pack,
     weight_shapes,
 )
 from weft.model.config import ModelConfig, read_json_object
@@ -105,10 +106,11 @@ def read_adapter(
         raise AdapterLoadError(f"{directory} does not fit this model: {error}") from error
     try:
         with safe_open(path, framework="pt") as file:
-            bypasses = _read_bypasses(file, path, spec, targets, dtype, torch.device(device))
+            bypasses = _read_bypasses(file, path, spec, targets, dtype)
     except (SafetensorError, OSError) as error:
         raise AdapterLoadError(f"{path} is truncated or damaged: {error}") from error
-    return AdapterWeights(kind=spec.kind, layers=collect_layers(bypasses, config.num_layers))
+    adapter = AdapterWeights(kind=spec.kind, layers=collect_layers(bypasses, config.num_layers))
+    return pack(adapter, device)
 
 
 def write_adapter(
@@ -173,7 +175,6 @@ def _read_bypasses(
     spec: AdapterSpec,
     targets: tuple[BypassTarget, ...],
     dtype: torch.dtype,
-    device: torch.device,
 ) -> list[Bypass]:
     names = set(file.keys())
     known = {_tensor_name(target, name) for target in targets for name in weight_shapes(target)}
@@ -191,8 +192,7 @@ def _read_bypasses(
     for target in targets:
         weights: dict[str, Tensor] = {}
         for name, shape in weight_shapes(target).items():
-            tensor = _read_tensor(file, path, target, name)
-            weights[name] = _laid_out(name, tensor.reshape(shape).to(device, dtype))
+            weights[name] = _read_tensor(file, path, target, name).reshape(shape).to(dtype)
         bypasses.append(FrozenBypass(target=target, weights=weights, activation=spec.activation))
     return bypasses
 
@@ -212,11 +212,6 @@ def _read_tensor(file: Any, path: Path, target: BypassTarget, name: str) -> Tens
     if not torch.isfinite(tensor).all():
         raise AdapterLoadError(f"{path}: {tensor_name} holds NaN or infinity")
     return tensor
-
-
-def _laid_out(name: str, tensor: Tensor) -> Tensor:
-    """Rank-wide rows of the output side in one piece, so that a kernel reads them as a stream."""
-    return tensor.t().contiguous().t() if name in ("B", "up") else tensor.contiguous()
 
 
 def _tensor_name(target: BypassTarget, name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from weft.graph.adapter_spec import (
@@ -114,3 +115,57 @@ def collect_layers(
     for bypass in bypasses:
         layers[bypass.target.layer][bypass.target.module] = bypass
     return tuple(layers)
+
+
+_ALIGN = 64  # bytes: weights begin on a cache line
+
+
+def pack(adapter: AdapterWeights, device: torch.device | str) -> AdapterWeights:
+    """A copy of an adapter in one piece of memory, in the order in which an iteration reads it.
+
+    Of linears that share an input, what is applied to it comes before what makes the outputs; `B`
+    and `up` lie transposed. So a kernel reads a row's weights as a few long streams.
+    """
+    places: list[tuple[Bypass, str, int]] = []
+    num = 0
+    for layer in adapter.layers:
+        for stack in _STACKS:
+            found = [layer[module] for module in stack if module in layer]
+            for is_output in (False, True):
+                for bypass in found:
+                    for name, weight in bypass.weights.items():
+                        if (name in _OUTPUT_SIDE) == is_output:
+                            places.append((bypass, name, num))
+                            num += -(-weight.numel() * weight.element_size() // _ALIGN) * _ALIGN
+    if not places:
+        return adapter
+    dtype = places[0][0].weights[places[0][1]].dtype
+    flat = torch.empty(num // dtype.itemsize, dtype=dtype)
+    packed: dict[int, dict[str, Tensor]] = {}
+    flat_there = flat.to(device)
+    for bypass, name, begin in places:
+        weight = bypass.weights[name]
+        first = begin // dtype.itemsize
+        span = slice(first, first + weight.numel())
+        is_turned = name in ("B", "up")
+        shape = weight.shape[::-1] if is_turned else weight.shape
+        flat[span].view(shape).copy_(weight.t() if is_turned else weight)
+        view = flat_there[span].view(shape)
+        packed.setdefault(id(bypass), {})[name] = view.t() if is_turned else view
+    flat_there.copy_(flat)
+    bypasses = [
+        FrozenBypass(target=bypass.target, weights=packed[id(bypass)], activation=bypass.activation)
+        for bypass in adapter
+    ]
+    return AdapterWeights(kind=adapter.kind, layers=collect_layers(bypasses, len(adapter.layers)))
+
+
+_OUTPUT_SIDE = ("B", "up", "up_bias")
+_STACKS = (
+    (Module.Q_PROJ, Module.K_PROJ, Module.V_PROJ),
+    (Module.O_PROJ,),
+    (Module.SELF_ATTN,),
+    (Module.GATE_PROJ, Module.UP_PROJ),
+    (Module.DOWN_PROJ,),
+    (Module.MLP,),
+)

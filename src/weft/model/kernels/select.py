@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from weft.model.adapters.table import GroupedKernels
 from weft.model.kernels.cpu_kernels import CpuKernels
+from weft.model.kernels.cpu_linear import storage_of
+from weft.model.kernels.cpu_lora import CpuGrouped
+from weft.model.kernels.cpu_team import native_kernels
 from weft.model.kernels.interface import AttentionShape, Kernels
 from weft.model.kernels.torch_kernels import TorchKernels
 
@@ -22,3 +26,11 @@ def choose_kernels(shape: AttentionShape, dtype: torch.dtype, device: torch.devi
         num_programs = torch.cuda.get_device_properties(device).multi_processor_count
         return TritonKernels(shape, dtype=dtype, num_programs=num_programs)
     return TorchKernels(shape)
+
+
+def choose_grouped(dtype: torch.dtype, device: torch.device) -> GroupedKernels | None:
+    """What applies the adapters of many rows at once; None where each adapter goes by itself."""
+    if device.type == "cpu":
+        native = native_kernels()
+        return CpuGrouped(native, dtype) if native and storage_of(dtype) is not None else None
+    return None
