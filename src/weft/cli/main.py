@@ -9,6 +9,8 @@ from weft.base.errors import WeftError
 
 VERBS: dict[str, tuple[str, str]] = {
     "serve": ("weft.cli.serve", "Serve a model with an OpenAI-compatible API"),
+    "finetune": ("weft.cli.finetune", "Train an adapter on a file, offline"),
+    "export": ("weft.cli.export", "Merge an adapter into its base model"),
     "plan": ("weft.cli.plan", "Find a stage graph for a model on a cluster"),
     "simulate": ("weft.cli.simulate", "Run a plan or a serving trace under the virtual clock"),
     "train": ("weft.cli.train", "Train a model by a plan, on local ranks or under torchrun"),

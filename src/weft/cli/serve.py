@@ -10,17 +10,20 @@ from typing import Annotated
 import typer
 
 from weft.base.errors import UnsupportedError
+from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy, LatencySlo
 from weft.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
+from weft.serve.adapter_api import AdapterConfig, LoraModule
 from weft.serve.api import ApiConfig
 from weft.serve.api_keys import ApiKeys
 from weft.serve.data_dir import hold_data_dir
 from weft.serve.engine_client import EngineClient
 from weft.serve.engine_config import EngineConfig
 from weft.serve.request_factory import RequestLimits
-from weft.serve.server import ServerConfig, run_server
+from weft.serve.server import ServerConfig, StoreConfig, run_server
 
 _SERVER = "Server"
 _ENGINE = "Engine"
+_FINETUNING = "Finetuning"
 _LIMITS = "Limits of one request"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -45,7 +48,8 @@ def serve(
         list[str] | None, _option("Key that callers must send; may be given several times", _SERVER)
     ] = None,
     api_keys: Annotated[
-        Path | None, _option("File of keys: lines, or JSON from key to tenant", _SERVER)
+        Path | None,
+        _option("File of keys: lines, or JSON from key to tenant, priority, weight", _SERVER),
     ] = None,
     max_waiting: Annotated[
         int, _option("Answers that may wait; beyond them requests get 429", _SERVER)
@@ -56,9 +60,22 @@ def serve(
     data_dir: Annotated[
         Path | None,
         _option(
-            "Directory for what the server keeps: server.json while it runs, and the trace",
+            "Directory for what the server keeps: files, finetuning jobs and adapters, server.json "
+            "while it runs, and the trace; without one, nothing outlives the server",
             _SERVER,
         ),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        _option("sqlite:// or postgresql://; default: SQLite in --data-dir", _SERVER),
+    ] = None,
+    lora_modules: Annotated[
+        list[str] | None,
+        _option("Adapter to serve: name=path; may be given several times", _SERVER),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None,
+        _option("Directory below which requests may load adapters; default: none may", _SERVER),
     ] = None,
     access_log: Annotated[bool, _option("Log every request", _SERVER)] = False,
     dtype: Annotated[str, _option("auto, float32, bfloat16, float16 or float64", _ENGINE)] = "auto",
@@ -94,7 +111,31 @@ def serve(
             _ENGINE,
         ),
     ] = None,
+    policy: Annotated[
+        FinetunePolicy, _option("How finetuning shares the iterations", _FINETUNING)
+    ] = FinetunePolicy.COSERVE,
+    slo_tpot_ms: Annotated[
+        float, _option("Time per output token that requests are promised", _FINETUNING)
+    ] = 50.0,
+    slo_ttft_ms: Annotated[
+        float, _option("Time to first token that requests are promised", _FINETUNING)
+    ] = 1000.0,
+    max_iteration_ms: Annotated[
+        float,
+        _option("Longest iteration with finetuning, so that arrivals wait no longer", _FINETUNING),
+    ] = 100.0,
+    finetune_min_share: Annotated[
+        float, _option("Share of the time that finetuning gets at any load", _FINETUNING)
+    ] = 0.0,
+    memory_budget: Annotated[
+        int | None,
+        _option("Bytes beside the weights: KV cache and finetuning jobs", _FINETUNING),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, _option("Optimizer steps between a job's checkpoints", _FINETUNING)
+    ] = 1,
     max_body_bytes: Annotated[int, _option("Size of the body", _LIMITS)] = 16 * 2**20,
+    max_file_bytes: Annotated[int, _option("Size of an uploaded file", _LIMITS)] = 128 * 2**20,
     max_prompts: Annotated[int, _option("Prompts of one completions request", _LIMITS)] = 1024,
     max_prompt_tokens: Annotated[
         int | None, _option("Tokens of a prompt; default: what the context holds", _LIMITS)
@@ -127,12 +168,23 @@ def serve(
             seed=seed,
             num_threads=num_threads,
             trace_path=None if trace is None else str((data_dir or Path()) / trace),
+            finetune=FinetuneConfig(
+                policy=policy,
+                slo=LatencySlo(tpot_s=slo_tpot_ms / 1e3, ttft_s=slo_ttft_ms / 1e3),
+                max_iteration_s=max_iteration_ms / 1e3,
+                min_share=finetune_min_share,
+            ),
+            memory_budget_bytes=memory_budget,
+        ),
+        store=StoreConfig(
+            directory=data_dir, database_url=database_url, checkpoint_every=checkpoint_every
         ),
         api=ApiConfig(
             model_names=names,
             keys=ApiKeys.load(api_key or (), api_keys),
             limits=RequestLimits(
                 max_body_bytes=max_body_bytes,
+                max_file_bytes=max_file_bytes,
                 max_prompts=max_prompts,
                 max_prompt_tokens=max_prompt_tokens,
                 max_choices=max_choices,
@@ -141,6 +193,10 @@ def serve(
             ),
             max_waiting=max_waiting,
             allow_unknown_params=allow_unknown_params,
+            adapters=AdapterConfig(
+                modules=tuple(LoraModule.parse(text) for text in lora_modules or ()),
+                root=adapter_root,
+            ),
         ),
     )
     raise typer.Exit(_run(config, data_dir))
