@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 _OPENMP_LIBRARIES = ("libgomp", "libiomp5", "libomp")
 _ENTRY_POINTS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
+_MAX_KEPT_FLOATS = 1 << 20
+"""The largest scratch that a thread keeps for its next call."""
+
 # `launch(ops, num_ops, num_threads)`: each op is a pair (kernel, args). One thread needs no team.
 _LAUNCHER_IR = """
 define void @run_ops(ptr %ops, i64 %num_ops, i64 %thread, i64 %num_threads) {{
@@ -208,10 +211,7 @@ class OpList:
 
     def scratch(self, purpose: str, count: int) -> Tensor:
         """Room for `count` float32 that calls of one purpose take turns to use."""
-        room = self._scratch.get(purpose)
-        if room is None or room.numel() < count:
-            room = self._scratch[purpose] = torch.empty(count, dtype=torch.float32)
-        return room
+        return _grown(self._scratch, purpose, count)
 
     def set_num_rows(self, num_rows: int) -> None:
         """Let every call work on its first `num_rows` rows only."""
@@ -236,6 +236,14 @@ class OpList:
             )
         if self._packed:
             self._team.launch(self._packed, len(self._packed) // 16)
+
+
+def _grown(rooms: dict[str, Tensor], purpose: str, count: int) -> Tensor:
+    """The room for a purpose, made anew where it is too small."""
+    room = rooms.get(purpose)
+    if room is None or room.numel() < count:
+        room = rooms[purpose] = torch.empty(count, dtype=torch.float32)
+    return room
 
 
 class Team:
@@ -264,12 +272,18 @@ class Team:
     def scratch(self, purpose: str, count: int) -> Tensor:
         """Room for `count` float32 until the calls submitted next have ended.
 
-        While recording, all calls of one purpose share it: they run one after the other.
+        Calls of one purpose share it: those of a recording, and those of this thread one after the
+        other. Fresh memory would cost a page fault every 4 KiB, as much as a small product itself.
         """
         record: OpList | None = getattr(self._local, "record", None)
-        if record is None:
+        if record is not None:
+            return record.scratch(purpose, count)
+        if count > _MAX_KEPT_FLOATS:
             return torch.empty(count, dtype=torch.float32)
-        return record.scratch(purpose, count)
+        rooms: dict[str, Tensor] | None = getattr(self._local, "rooms", None)
+        if rooms is None:
+            rooms = self._local.rooms = {}
+        return _grown(rooms, purpose, count)
 
     def submit(self, *calls: Call) -> None:
         """Run calls in order; inside `recording` on this thread, append them instead."""
