@@ -78,6 +78,8 @@ class FinetuneJobs:
         self._shares: dict[str, FairShare] = {}
         self._ending: set[str] = set()
         """Jobs that the executor must still be told to forget."""
+        self._parked_slots: list[int] = []
+        """Of jobs that the executor must still be told to forget."""
         self._leaving: list[ActiveSample] = []
         """Their last rows are in the batch being decided, which still needs their page tables."""
         self._flights: dict[int, FinetunePart] = {}
@@ -338,12 +340,18 @@ class FinetuneJobs:
     def emitted(self) -> None:
         """The batch of the latest `fill` is laid out: what it used last may go to others."""
         for sample in self._leaving:
-            self._release(sample)
+            self._kv.release(sample.slot)
+            self._free_slots.append(sample.slot)
         self._leaving.clear()
+        if not self._ending:
+            self._free_slots += self._parked_slots
+            self._parked_slots.clear()
 
-    def _release(self, sample: ActiveSample) -> None:
-        self._kv.release(sample.slot)
-        self._free_slots.append(sample.slot)
+    def _park(self, job: Job) -> None:
+        """Take everything from a job's samples; slots are free once the executor forgets them."""
+        for sample in job.active:
+            self._kv.release(sample.slot)
+            self._parked_slots.append(sample.slot)
 
     def _charge(self, job: Job, amount: float) -> None:
         self._tenants.charge(job.spec.tenant, amount)
@@ -397,8 +405,7 @@ class FinetuneJobs:
                 job = self._jobs.get(name)
                 if job is None or job.life != life:
                     continue
-                for sample in job.active:
-                    self._release(sample)
+                self._park(job)
                 job.reset()
                 job.life += 1
                 self._ending.add(name)
@@ -436,8 +443,7 @@ class FinetuneJobs:
         self._end(job, JobStatus.FAILED, failure.message)
 
     def _end(self, job: Job, status: JobStatus, message: str = "") -> None:
-        for sample in job.active:
-            self._release(sample)
+        self._park(job)
         metrics = job.flush()
         self._events.extend([metrics] if metrics else [])
         if job.is_started:
@@ -540,7 +546,7 @@ class FinetuneJobs:
         """
         first = self._info.max_num_seqs
         slots = range(first, first + self._info.max_finetune_samples)
-        if sorted(self.held_slots + self._free_slots) != list(slots):
+        if sorted(self.held_slots + self._free_slots + self._parked_slots) != list(slots):
             raise IntegrityError("finetuning slots are not exactly the held and the free ones")
         if sum(self._pages_held(job) for job in self._jobs.values()) > self._max_pages:
             raise IntegrityError("finetuning samples hold more pages than they may")
