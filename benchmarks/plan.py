@@ -6,15 +6,17 @@ point is printed, losing ones too. Parts can be run alone; `--json` of a partial
     python benchmarks/plan.py --json plan-cpu.json --markdown plan-cpu.md --figures figures
     python benchmarks/plan.py --quick
     python benchmarks/plan.py --only grid,branches
+    python benchmarks/plan.py --merge one.json other.json --markdown plan-cpu.md
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +25,7 @@ from plan_bench import best_step, exactness, reproduction, scale, search
 from plan_bench.figures import draw
 from plan_bench.report import print_tables, write_markdown
 from plan_bench.setting import Findings
-from rows import describe_machine, print_rows, write_json
+from rows import Row, describe_machine, print_rows, write_json
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
@@ -40,6 +42,9 @@ LLAMA_70B = {
 
 def main() -> None:
     options = parse_options()
+    if options.merge:
+        write_report(options, *merged(options.merge))
+        return
     machine = describe_machine()
     for name, value in machine.items():
         print(f"{name:10} {value}")
@@ -59,19 +64,60 @@ def main() -> None:
         print_tables(part)
         found.add(part)
         # Written after every part: a run that is cut short leaves what it measured.
-        extra = {
-            "state": "simulated (search and simulation speeds measured)",
-            "command": " ".join([Path(sys.executable).name, *sys.argv]),
-            "remarks": found.remarks,
-            "tables": found.tables,
-            "part_seconds": seconds,
-        }
-        if options.json is not None:
-            write_json(options.json, found.rows, machine, **extra)
-        if options.figures is not None:
-            draw(found, options.figures)
-        if options.markdown is not None:
-            write_markdown(options.markdown, found, machine, extra["command"], seconds)
+        command = " ".join([Path(sys.executable).name, *sys.argv])
+        write_report(options, found, machine, command, seconds)
+
+
+def write_report(
+    options: argparse.Namespace,
+    found: Findings,
+    machine: Mapping[str, str],
+    command: str,
+    seconds: Mapping[str, float],
+) -> None:
+    """Write the files that the command line asks for."""
+    if options.json is not None:
+        write_json(
+            options.json,
+            found.rows,
+            machine,
+            state="simulated (search and simulation speeds measured)",
+            command=command,
+            remarks=found.remarks,
+            tables=found.tables,
+            part_seconds=seconds,
+        )
+    if options.figures is not None:
+        draw(found, options.figures)
+    if options.markdown is not None:
+        write_markdown(options.markdown, found, machine, command, seconds)
+
+
+def merged(paths: Sequence[Path]) -> tuple[Findings, dict[str, str], str, dict[str, float]]:
+    """The findings of several runs of different parts, with what they ran on and how."""
+    found, seconds = Findings(), dict[str, float]()
+    machines: list[dict[str, str]] = []
+    commands: list[str] = []
+    for path in paths:
+        data = json.loads(path.read_text())
+        again = sorted(set(seconds) & set(data["part_seconds"]))
+        if again:
+            sys.exit(f"{path} holds part {', '.join(again)}, which an earlier file holds too")
+        found.add(
+            Findings(
+                rows=[Row(**row) for row in data["rows"]],
+                tables=data["tables"],
+                remarks=data["remarks"],
+            )
+        )
+        seconds |= data["part_seconds"]
+        machines.append(data["machine"])
+        commands.append(data["command"])
+    machine = {
+        name: "; ".join(dict.fromkeys(one.get(name, "") for one in machines))
+        for name in machines[0]
+    }
+    return found, machine, " ; ".join(commands), seconds
 
 
 def all_parts(quick: bool) -> Mapping[str, Callable[[], Findings]]:
@@ -144,6 +190,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a small subset, minutes not hours")
     parser.add_argument("--only", help="parts to run, separated by commas")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="run nothing; join the JSON of runs of other parts"
+    )
     parser.add_argument("--json", type=Path, help="write rows and tables; - for stdout")
     parser.add_argument("--markdown", type=Path, help="write a readable report")
     parser.add_argument("--figures", type=Path, help="draw the paper's figures into this folder")

@@ -51,7 +51,7 @@ def best_of_all(cases: Iterable[int], device_counts: Iterable[int]) -> Findings:
                     objective="step_time",
                     training=training,
                     contention=False,
-                    time_limit_s=20.0,
+                    time_limit_s=60.0,
                 )
                 for method in ("graphpipe", *BASELINES)
             ]
