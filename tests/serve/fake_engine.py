@@ -121,6 +121,9 @@ class FakeExecutor:
     def unload_adapter(self, ref: AdapterRef) -> None:
         self.trainer.unload_adapter(ref)
 
+    def has_adapter(self, ref: AdapterRef) -> bool:
+        return ref in self.trainer.adapters
+
     def collect(self) -> StepResult:
         if self._step_s:
             time.sleep(self._step_s)

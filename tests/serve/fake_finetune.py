@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from weft.base.errors import ModelLoadError
+from weft.base.errors import AdapterLoadError
 from weft.engine.batch import AdapterRef, Batch, SegmentKind
 from weft.engine.finetune import (
     CheckpointSaved,
@@ -90,7 +90,7 @@ class FakeTrainer:
     def load_adapter(self, ref: AdapterRef, path: str) -> None:
         """Take an adapter from disk."""
         if not (Path(path) / ADAPTER_FILE).is_file():
-            raise ModelLoadError(f"{path}: {ADAPTER_FILE} is missing")
+            raise AdapterLoadError(f"{path}: {ADAPTER_FILE} is missing")
         self.adapters.add(ref)
 
     def unload_adapter(self, ref: AdapterRef) -> None:

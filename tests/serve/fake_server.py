@@ -11,6 +11,7 @@ from typing import Any
 from serve.fake_engine import write_model_directory
 from weft.base.errors import WeftError
 from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
+from weft.serve.adapter_api import AdapterConfig, LoraModule
 from weft.serve.api import ApiConfig
 from weft.serve.api_keys import ApiKeys
 from weft.serve.engine_client import EngineClient
@@ -48,6 +49,10 @@ def main(options: dict[str, Any]) -> int:
                 limits=RequestLimits(**options.get("limits", {})),
                 max_waiting=options.get("max_waiting", 1024),
                 allow_unknown_params=options.get("allow_unknown_params", False),
+                adapters=AdapterConfig(
+                    modules=tuple(map(LoraModule.parse, options.get("lora_modules", ()))),
+                    root=Path(options["adapter_root"]) if "adapter_root" in options else None,
+                ),
             ),
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 from weft.base.clock import Clock
 from weft.base.errors import IntegrityError, OutOfMemoryError
 from weft.engine.admission import Admission
-from weft.engine.batch import Batch, ExecutorInfo, SequenceStart, StepResult
+from weft.engine.batch import AdapterRef, Batch, ExecutorInfo, SequenceStart, StepResult
 from weft.engine.batch_builder import Span, build_batch
 from weft.engine.config import PolicyConfig
 from weft.engine.finetune_part import FinetunePart
@@ -117,6 +117,14 @@ class ContinuousBatching:
                 self._finish(sequence, FinishReason.STOP)
                 return True
         return False
+
+    def uses_adapter(self, ref: AdapterRef) -> bool:
+        """Whether a request that waits or runs names a version."""
+        return any(
+            sequence.request.adapter == ref
+            for sequences in self._by_request.values()
+            for sequence in sequences
+        )
 
     @property
     def has_work(self) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from weft.engine.batch import Batch, ExecutorInfo, StepResult
+from weft.engine.batch import AdapterRef, Batch, ExecutorInfo, StepResult
 
 
 class BatchExecutor(Protocol):
@@ -41,4 +41,25 @@ class BatchExecutor(Protocol):
 
     def close(self) -> None:
         """Give back memory and threads; idempotent."""
+        ...
+
+
+@runtime_checkable
+class AdapterHost(Protocol):
+    """An executor whose batches may name adapters."""
+
+    def load_adapter(self, ref: AdapterRef, path: str) -> None:
+        """Read an adapter directory as a version.
+
+        Raises:
+            WeftError: it is malformed, of another base, or there already.
+        """
+        ...
+
+    def unload_adapter(self, ref: AdapterRef) -> None:
+        """Forget a version that no batch will name any more; unknown ones are ignored."""
+        ...
+
+    def has_adapter(self, ref: AdapterRef) -> bool:
+        """Whether batches may name a version."""
         ...

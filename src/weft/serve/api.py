@@ -18,6 +18,12 @@ from starlette.responses import Response
 import weft
 from weft.base.errors import ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
 from weft.model.tokenizer import Tokenizer
+from weft.serve.adapter_api import (
+    AdapterApi,
+    AdapterConfig,
+    LoadAdapterBody,
+    UnloadAdapterBody,
+)
 from weft.serve.api_keys import ApiKeys, tenant_of
 from weft.serve.chat import ChatWriter
 from weft.serve.completions import CompletionWriter
@@ -50,6 +56,8 @@ _BODIES: tuple[type[Body], ...] = (
     TokenizeBody,
     DetokenizeBody,
     JobBody,
+    LoadAdapterBody,
+    UnloadAdapterBody,
 )
 _SCHEMAS = "#/components/schemas/"
 _INLINE_TOKENS = 4096
@@ -76,6 +84,7 @@ class ApiConfig:
     max_waiting: int = 1024
     """Answers that may wait beyond those that the engine can run at once."""
     allow_unknown_params: bool = False
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0:
@@ -348,6 +357,13 @@ class Api:
                 read_job=lambda request: self._read(request, JobBody),
                 check_open=self._check_open,
             ).add_routes(app)
+        AdapterApi(
+            self.config.adapters,
+            self.served_models,
+            read_load=lambda request: self._read(request, LoadAdapterBody),
+            read_unload=lambda request: self._read(request, UnloadAdapterBody),
+            check_open=self._check_open,
+        ).add_routes(app)
         # Load balancers ask so.
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
 

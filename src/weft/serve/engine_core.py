@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Protocol, runtime_checkable
 
 from weft.base.clock import Clock, WallClock
-from weft.base.errors import ConfigError, UnsupportedError
+from weft.base.errors import ConfigError, InvalidRequestError, UnsupportedError
 from weft.base.trace import TraceWriter
 from weft.engine.batch import AdapterRef
 from weft.engine.config import PolicyConfig
 from weft.engine.coserve import CoServing
-from weft.engine.executor import BatchExecutor
+from weft.engine.executor import AdapterHost, BatchExecutor
 from weft.engine.finetune import FinetuneEvent, FinetuneJobSpec
 from weft.engine.finetune_limits import FinetuneMemory
 from weft.engine.loop import EngineLoop
@@ -21,19 +20,6 @@ from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.iteration_trace import TracedExecutor
 from weft.serve.messages import JobAction
-
-
-@runtime_checkable
-class AdapterLoading(Protocol):
-    """An executor that serves adapters."""
-
-    def load_adapter(self, ref: AdapterRef, path: str) -> None:
-        """Read an adapter directory."""
-        ...
-
-    def unload_adapter(self, ref: AdapterRef) -> None:
-        """Drop a version."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +47,9 @@ class EngineCore:
             TraceWriter.check_path(config.trace_path)
         built = _find_builder(config.builder)(config)
         self._executor: BatchExecutor = built.executor
-        self._host: object = built.executor
+        self._host = built.executor if isinstance(built.executor, AdapterHost) else None
+        self._retired: set[AdapterRef] = set()
+        """Versions to be unloaded once the last request that names them has ended."""
         try:
             info = self._executor.info
             self._policy = CoServing(
@@ -107,6 +95,7 @@ class EngineCore:
         Raises:
             InvalidRequestError: it cannot be served; `param` names why.
         """
+        self._check_adapter(request)
         self._policy.validate(request)
 
     def add(self, request: Request) -> None:
@@ -115,6 +104,7 @@ class EngineCore:
         Raises:
             InvalidRequestError: it cannot be served, or its id is in use.
         """
+        self._check_adapter(request)
         self._policy.add(request)
 
     def cancel(self, request_id: str) -> bool:
@@ -165,12 +155,22 @@ class EngineCore:
         self._adapters().load_adapter(ref, path)
 
     def unload_adapter(self, ref: AdapterRef) -> None:
-        """Drop a version once no request uses it."""
-        self._adapters().unload_adapter(ref)
+        """Take no more requests for a version, and drop it once none uses it."""
+        if not self._adapters().has_adapter(ref):
+            return
+        self._retired.add(ref)
+        self._drop_retired()
+
+    def has_adapter(self, ref: AdapterRef) -> bool:
+        """Whether requests may name a version."""
+        return self._host is not None and ref not in self._retired and self._host.has_adapter(ref)
 
     def step(self) -> list[SequenceUpdate]:
         """Run one iteration."""
-        return self._loop.step()
+        updates = self._loop.step()
+        if self._retired:
+            self._drop_retired()
+        return updates
 
     def stats(self) -> EngineStats:
         """Gauges and counters of this instant."""
@@ -184,10 +184,22 @@ class EngineCore:
         """
         self._policy.check_integrity()
 
-    def _adapters(self) -> AdapterLoading:
-        if not isinstance(self._host, AdapterLoading):
+    def _adapters(self) -> AdapterHost:
+        if self._host is None:
             raise UnsupportedError("this engine does not serve adapters")
         return self._host
+
+    def _check_adapter(self, request: Request) -> None:
+        ref = request.adapter
+        if ref is not None and not self.has_adapter(ref):
+            raise InvalidRequestError(
+                f"adapter {ref.id!r} version {ref.version} is not loaded", "model"
+            )
+
+    def _drop_retired(self) -> None:
+        for ref in [ref for ref in self._retired if not self._policy.uses_adapter(ref)]:
+            self._retired.discard(ref)
+            self._adapters().unload_adapter(ref)
 
     def close(self) -> None:
         """Give back memory and threads; writes the trace, if one was asked for."""

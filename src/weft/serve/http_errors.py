@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 
 from weft.base.errors import (
+    AdapterLoadError,
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
@@ -72,6 +73,8 @@ def as_http_error(error: BaseException) -> HttpError:
             return HttpError(
                 status=status, message=error.message, param=error.param, code=error.code
             )
+        case AdapterLoadError():
+            return HttpError(status=400, message=str(error), code="invalid_adapter")
         case UnsupportedError():
             return HttpError(status=400, message=str(error), code="unsupported")
         case StorageError():

@@ -24,6 +24,7 @@ from weft.serve.engine_config import RUNTIME_BUILDER, EngineConfig
 from weft.serve.engine_core import EngineCore
 from weft.serve.finetune_data import OverlongSamples
 from weft.serve.interrupts import held_interrupts
+from weft.serve.lora_request import LoRARequest, LoraRequests
 from weft.serve.messages import JobAction
 from weft.serve.offline_finetune import (
     FINAL_STATUSES,
@@ -61,6 +62,8 @@ T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 Prompt = str | TokensPrompt | TextPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
+LoraChoice = LoRARequest | AdapterRef | Sequence[LoRARequest | AdapterRef | None] | None
+"""An adapter for all prompts, or one a prompt; a finished job's `adapter` is an `AdapterRef`."""
 
 
 class LLM:
@@ -119,6 +122,7 @@ class LLM:
         self.info = self._core.info
         """The engine's resolved settings."""
         self._tokenizer = Tokenizer.from_directory(self.info.model_path)
+        self._lora = LoraRequests(self._core)
         self._clock = WallClock()
         self._numbers = count()
         self._is_closed = False
@@ -131,21 +135,21 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: object = None,
+        lora_request: LoraChoice = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts; returns one output a prompt, in their order.
 
         A prompt is text, `{"prompt": text}` or `{"prompt_token_ids": ids}`; a list holds several.
         One `sampling_params` serves all prompts, a list gives each its own, None takes
-        `get_default_sampling_params()`. The progress bar shows on terminals only.
+        `get_default_sampling_params()`. `lora_request` names an adapter, likewise for all or one a
+        prompt. The progress bar shows on terminals only.
 
         Raises:
             InvalidRequestError: a prompt or its parameters cannot be served; nothing has run.
-            UnsupportedError: `lora_request` is no adapter of ours.
+            AdapterLoadError: `lora_request` names an adapter that is broken or of another base.
         """
         self._check_open()
-        adapter = _adapter(lora_request)
         texts: list[str | None] = []
         token_ids: list[Sequence[int]] = []
         for number, prompt in enumerate(prompt_list(prompts)):
@@ -157,7 +161,7 @@ class LLM:
                 else:
                     token_ids.append(parts.token_ids)
         return self._run(
-            "prompt", texts, token_ids, sampling_params, priority, adapter, use_tqdm=use_tqdm
+            "prompt", texts, token_ids, sampling_params, priority, lora_request, use_tqdm=use_tqdm
         )
 
     def chat(
@@ -166,7 +170,7 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: object = None,
+        lora_request: LoraChoice = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -179,10 +183,9 @@ class LLM:
 
         Raises:
             InvalidRequestError: a conversation does not fit the chat template or the context.
-            UnsupportedError: `lora_request` is no adapter of ours.
+            AdapterLoadError: `lora_request` names an adapter that is broken or of another base.
         """
         self._check_open()
-        adapter = _adapter(lora_request)
         token_ids: list[Sequence[int]] = []
         for number, conversation in enumerate(conversation_list(messages)):
             with naming(f"conversation {number}"):
@@ -196,7 +199,7 @@ class LLM:
             token_ids.append(ids)
         texts: list[str | None] = [None] * len(token_ids)
         return self._run(
-            "conversation", texts, token_ids, sampling_params, None, adapter, use_tqdm=use_tqdm
+            "conversation", texts, token_ids, sampling_params, None, lora_request, use_tqdm=use_tqdm
         )
 
     def finetune(
@@ -330,11 +333,12 @@ class LLM:
         token_ids: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         priority: Sequence[int] | None,
-        adapter: AdapterRef | None,
+        lora_request: LoraChoice,
         *,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         number = len(token_ids)
+        adapters = self._lora.resolve(lora_request, number)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = sampling_list(sampling_params, number)
@@ -350,7 +354,9 @@ class LLM:
                 adapter=adapter,
                 arrival_s=self._clock.now_s(),
             )
-            for ids, sampling, urgency in zip(token_ids, params, priorities, strict=True)
+            for ids, sampling, urgency, adapter in zip(
+                token_ids, params, priorities, adapters, strict=True
+            )
         ]
         for index, request in enumerate(requests):
             with naming(f"{kind} {index}"):
@@ -424,15 +430,6 @@ class LLM:
         processor.choices_to_finish.clear()
         if processor.is_finished:
             advance()
-
-
-def _adapter(lora_request: object) -> AdapterRef | None:
-    if lora_request is None or isinstance(lora_request, AdapterRef):
-        return lora_request
-    raise UnsupportedError(
-        f"lora_request is a {type(lora_request).__name__}; it must be the `adapter` of a "
-        "finetuning job, or None"
-    )
 
 
 def _made(kind: type[T], given: T | Mapping[str, Any] | None, name: str) -> T:

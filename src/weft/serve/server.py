@@ -17,6 +17,7 @@ import uvicorn
 from weft.base.errors import ConfigError
 from weft.engine.config import check_whole
 from weft.model.tokenizer import Tokenizer
+from weft.serve.adapter_api import serve_modules
 from weft.serve.api import Api, ApiConfig
 from weft.serve.engine_client import EngineClient
 from weft.serve.engine_config import EngineConfig
@@ -115,7 +116,8 @@ class _Server:
     ) -> None:
         self._client = client
         self._listener = listener
-        models = ServedModels(config.api.model_names, client)
+        models = self._models = ServedModels(config.api.model_names, client)
+        self._modules = config.api.adapters.modules
         self._finetuning = FinetuneService(
             store,
             client,
@@ -144,6 +146,7 @@ class _Server:
     async def run(self, on_ready: Callable[[str, EngineClient], None] | None) -> int:
         self._client.on_death = lambda: self._spawn(self._end_after_death())
         self._client.attach()
+        await serve_modules(self._models, self._modules)
         await self._finetuning.start()
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
