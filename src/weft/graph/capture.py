@@ -140,10 +140,11 @@ def trace(
     if any(p.is_meta for p in module.parameters()):
         inputs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     batch, shapes = _batch(inputs, batch_axes)
-    with _mode(module, training):
-        program = _export(wrapper, inputs, shapes)
-    walker = _Walker(program, module, training)
-    outputs = walker.run()
+    with _on_one_device(module):
+        with _mode(module, training):
+            program = _export(wrapper, inputs, shapes)
+        walker = _Walker(program, module, training)
+        outputs = walker.run()
     losses = {}
     tasks = wrapper.loss.tasks() if training else ()
     if training:
@@ -297,6 +298,36 @@ def _default_loss(output: Any) -> Tensor:
     if len(floating) == 1 and floating[0].dim() == 0:
         return floating[0]
     return torch.stack([x.float().mean() for x in floating]).sum()
+
+
+@contextmanager
+def _on_one_device(module: nn.Module) -> Iterator[None]:
+    """A module of which a part is on meta is there as a whole, inside; tied tensors stay tied."""
+    if not any(p.is_meta for p in module.parameters()):
+        yield
+        return
+    moved: dict[int, Tensor] = {}
+    taken: list[tuple[dict[str, Any], str, Tensor]] = []
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                if id(tensor) not in moved:
+                    empty = tensor.detach().to("meta")
+                    moved[id(tensor)] = (
+                        nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else empty
+                    )
+                taken.append((cast("dict[str, Any]", held), name, tensor))
+    for held, name, tensor in taken:
+        held[name] = moved[id(tensor)]
+    try:
+        yield
+    finally:
+        for held, name, tensor in taken:
+            held[name] = tensor
 
 
 @contextmanager

@@ -167,7 +167,8 @@ def empty_parameters() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and hasattr(module, "reset_parameters"):
+        # One that is empty already may be tied to another module: it stays the same object.
+        if param is not None and not param.is_meta and hasattr(module, "reset_parameters"):
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 

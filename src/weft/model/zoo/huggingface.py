@@ -20,7 +20,8 @@ from weft.model.zoo.registry import ZooModel
 _IMAGE_TOKEN = 32000
 
 
-def _logits_loss(output: Any, labels_BS: Tensor) -> Tensor:
+def logits_loss(output: Any, labels_BS: Tensor) -> Tensor:
+    """Mean cross-entropy of a transformers model's logits against every token's label."""
     return token_cross_entropy(output.logits, labels_BS)
 
 
@@ -49,7 +50,7 @@ def llama(
         module=LlamaForCausalLM(config),
         example_inputs=(token_ids(2, seq),),
         targets=(token_ids(2, seq),),
-        loss=_logits_loss,
+        loss=logits_loss,
         batch_size=256,
     )
 
@@ -108,6 +109,6 @@ def llava(
         module=module,
         example_inputs={"input_ids": ids, "pixel_values": torch.zeros(2, 3, image, image)},
         targets=(token_ids(2, num_patches + text_seq),),
-        loss=_logits_loss,
+        loss=logits_loss,
         batch_size=128,
     )
