@@ -10,7 +10,7 @@ from model.tiny_models import CONFIGS
 from runtime.harness import HandMade, Row, make_context, random_model, reference_logits, start
 from weft.base.errors import IntegrityError, UnsupportedError
 from weft.engine import wire
-from weft.engine.batch import UNKNOWN_TOKEN, AdapterRef, Batch, SegmentKind, StepResult
+from weft.engine.batch import UNKNOWN_TOKEN, Batch, SegmentKind, StepResult
 from weft.model.kernels.cpu_team import native_kernels
 
 RNG = np.random.default_rng(0)
@@ -197,7 +197,6 @@ def test_rows_without_samples_give_an_empty_result() -> None:
     [
         ({"kinds": np.array([SegmentKind.VERIFY], np.uint8)}, "VERIFY.*PREFILL, DECODE"),
         ({"kinds": np.array([SegmentKind.FT_BACKWARD], np.uint8)}, "FT_BACKWARD"),
-        ({"adapter_refs": (AdapterRef(id="mine", version=1),)}, "mine"),
         ({"models": np.ones(1, np.uint8)}, "draft"),
         ({"layers": np.array([[0, 2]], np.int16)}, "partial layer ranges"),
     ],

@@ -63,6 +63,7 @@ def _holds_only_decodes(batch: Batch, max_rows: int) -> bool:
         num_rows <= max_rows
         and batch.num_tokens == num_rows == len(batch.sample_rows)
         and not len(batch.prompt_logprob_rows)
+        and not batch.adapter_refs
         and bool((batch.kinds == SegmentKind.DECODE).all())
     )
 

@@ -7,39 +7,42 @@ from torch import Tensor
 
 from weft.base.errors import UnsupportedError
 from weft.engine.batch import UNKNOWN_TOKEN, Batch, SegmentKind
-from weft.model.forward_step import ChunkRow, ForwardStep, GroupStep
+from weft.model.forward_step import BypassStep, ChunkRow, ForwardStep, GroupStep
 from weft.runtime.device_context import DeviceContext
 from weft.runtime.transfer import upload
 
-_RUNNABLE = (SegmentKind.PREFILL, SegmentKind.DECODE)
+_INFERENCE = (SegmentKind.PREFILL, SegmentKind.DECODE)
+_FINETUNING = (SegmentKind.FT_FORWARD, SegmentKind.FT_BACKWARD)
 
 
-def check_batch(batch: Batch, num_layers: int) -> None:
-    """Refuse what this executor cannot run.
+def check_batch(batch: Batch, num_layers: int, *, holds_samples: bool = False) -> None:
+    """Refuse what this executor cannot run; `holds_samples` where it runs finetuning rows.
 
     Raises:
-        UnsupportedError: a segment kind, adapter, model or layer range that it lacks, by name.
+        UnsupportedError: a segment kind, model or layer range that it lacks, by name.
     """
     if batch.kinds.max(initial=0) > SegmentKind.DECODE:
-        kinds = sorted(
-            {SegmentKind(k).name for k in batch.kinds.tolist()} - {k.name for k in _RUNNABLE}
-        )
-        raise UnsupportedError(
-            f"segments of kind {', '.join(kinds)} are not supported; supported are "
-            f"{', '.join(kind.name for kind in _RUNNABLE)}"
-        )
-    if batch.adapter_refs:
-        names = ", ".join(ref.id for ref in batch.adapter_refs)
-        raise UnsupportedError(f"adapters ({names}) are not supported; send the bare model's rows")
+        runnable = {*_INFERENCE, *(_FINETUNING if holds_samples else ())}
+        missing = sorted({SegmentKind(k) for k in batch.kinds.tolist()} - runnable)
+        if missing:
+            raise UnsupportedError(
+                f"segments of kind {', '.join(kind.name for kind in missing)} are not supported; "
+                f"supported are {', '.join(kind.name for kind in sorted(runnable))}"
+            )
     if batch.models.any():
         raise UnsupportedError("rows of a draft model are not supported; only model 0 is loaded")
-    if (batch.layers != (0, num_layers)).any():
+    is_partial = (batch.layers != (0, num_layers)).any(axis=1)
+    if (is_partial & (batch.kinds != SegmentKind.FT_BACKWARD)).any():
         raise UnsupportedError(
             f"rows must pass all layers [0, {num_layers}); partial layer ranges are not supported"
         )
+    if batch.layers.min(initial=0) < 0 or batch.layers.max(initial=0) > num_layers:
+        raise UnsupportedError(f"rows name layers outside [0, {num_layers})")
 
 
-def build_step(batch: Batch, context: DeviceContext, last_token: Tensor) -> ForwardStep:
+def build_step(
+    batch: Batch, context: DeviceContext, last_token: Tensor, bypass: BypassStep | None = None
+) -> ForwardStep:
     """Upload a batch; tokens that are not known yet come from `last_token` [slots]."""
     device = context.device
     num_decodes = int(np.count_nonzero(batch.kinds == SegmentKind.DECODE))
@@ -62,6 +65,7 @@ def build_step(batch: Batch, context: DeviceContext, last_token: Tensor) -> Forw
         max_decode_context=int(batch.prefix_lens[:num_decodes].max(initial=0)),
         chunks=_chunks(batch, num_decodes),
         groups=groups,
+        bypass=bypass,
     )
 
 
@@ -87,4 +91,5 @@ def _chunks(batch: Batch, num_decodes: int) -> tuple[ChunkRow, ...]:
             context=int(batch.prefix_lens[starts[row + 1] - 1]),
         )
         for row in range(num_decodes, batch.num_rows)
+        if starts[row] < starts[row + 1]  # backward rows hold no tokens
     )

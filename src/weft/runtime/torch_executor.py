@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,18 @@ from torch import Tensor
 
 from weft.base.errors import IntegrityError
 from weft.engine.batch import (
+    AdapterRef,
     Batch,
     ExecutorInfo,
     PromptLogprobs,
     SampledLogprobs,
     StepResult,
 )
+from weft.model.forward_step import BypassStep
+from weft.runtime.adapter_store import AdapterStore
 from weft.runtime.decode_replay import record_decodes
 from weft.runtime.device_context import DeviceContext
+from weft.runtime.finetune_jobs import FinetuneJobs, PendingOutcome
 from weft.runtime.sampler import RankedLogprobs, rank, sample
 from weft.runtime.sampling_plan import plan_sampling
 from weft.runtime.slots import SlotTable
@@ -49,6 +53,7 @@ class _Pending:
     sampled: Download | None
     logprob_rows: npt.NDArray[np.int64] | None
     prompt_ranks: tuple[_PromptRanks, ...]
+    finetune: PendingOutcome | None
     elapsed_s: float
 
 
@@ -60,7 +65,12 @@ class TorchExecutor:
     """
 
     def __init__(
-        self, context: DeviceContext, *, max_num_seqs: int, replays_decodes: bool = True
+        self,
+        context: DeviceContext,
+        *,
+        max_num_seqs: int,
+        max_finetune_samples: int = 0,
+        replays_decodes: bool = True,
     ) -> None:
         """`replays_decodes` records iterations of decodes only where the device can."""
         self._context = context
@@ -71,7 +81,10 @@ class TorchExecutor:
             num_layers=context.config.num_layers,
             vocab_size=context.config.vocab_size,
             max_num_seqs=max_num_seqs,
+            max_finetune_samples=max_finetune_samples,
         )
+        self._adapters = AdapterStore(context)
+        self._jobs = FinetuneJobs(context, publish=self._adapters.put)
         self._slots = SlotTable(max_num_seqs, context.config.vocab_size, context.device)
         self._replay = record_decodes(context, max_num_seqs) if replays_decodes else None
         self._pending: deque[_Pending] = deque()
@@ -84,6 +97,11 @@ class TorchExecutor:
         return self._info
 
     @property
+    def adapters(self) -> AdapterStore:
+        """The adapters that batches may name."""
+        return self._adapters
+
+    @property
     def max_in_flight(self) -> int:
         return 1 if self._context.device.type == "cpu" else 2
 
@@ -92,11 +110,17 @@ class TorchExecutor:
         if self._is_closed:
             raise IntegrityError("submit() on a closed executor")
         start_s = time.perf_counter()
-        check_batch(batch, self._info.num_layers)
+        holds_samples = self._info.max_finetune_samples > 0
+        check_batch(batch, self._info.num_layers, holds_samples=holds_samples)
         self._slots.apply(batch.freed_slots, batch.starts)
         self._move_pages(batch)
+        if batch.finetune is not None:
+            self._jobs.begin(batch.finetune)
         prompt_ranks: tuple[_PromptRanks, ...] = ()
-        if self._replay is not None and self._replay.covers(batch):
+        logits = None
+        if batch.num_tokens == 0:
+            pass  # Backward rows and commands only.
+        elif self._replay is not None and self._replay.covers(batch):
             logits = self._replay.run(batch, self._slots.last_token)
             self.num_replayed += 1
         else:
@@ -104,6 +128,10 @@ class TorchExecutor:
             prompt_ranks = self._rank_prompts(batch, hidden)
             logits = self._last_logits(batch, hidden)
         sampled, logprob_rows = self._sample(batch, logits)
+        finetune = None
+        if batch.finetune is not None:
+            self._jobs.backward(batch)
+            finetune = self._jobs.end(batch.finetune)
         self._pending.append(
             _Pending(
                 batch_id=batch.batch_id,
@@ -111,6 +139,7 @@ class TorchExecutor:
                 sampled=sampled,
                 logprob_rows=logprob_rows,
                 prompt_ranks=prompt_ranks,
+                finetune=finetune,
                 elapsed_s=time.perf_counter() - start_s,
             )
         )
@@ -121,14 +150,28 @@ class TorchExecutor:
         start_s = time.perf_counter()
         pending = self._pending.popleft()
         sampled = pending.sampled.wait() if pending.sampled is not None else _NOTHING_SAMPLED
+        finetune = None if pending.finetune is None else self._jobs.collect(pending.finetune)
         return StepResult(
             batch_id=pending.batch_id,
             tokens=sampled["tokens"][:, None],
             num_tokens=sampled["is_ok"].astype(np.int32),
             logprobs=_sampled_logprobs(sampled, pending),
             prompt_logprobs=tuple(_prompt_logprobs(ranks) for ranks in pending.prompt_ranks),
+            finetune=finetune,
             elapsed_s=pending.elapsed_s + time.perf_counter() - start_s,
         )
+
+    def load_adapter(self, ref: AdapterRef, path: str) -> None:
+        """Read an adapter directory; raises as `AdapterStore.load`."""
+        self._adapters.load(ref, path)
+
+    def unload_adapter(self, ref: AdapterRef) -> None:
+        """Forget a version that no batch will name any more."""
+        self._adapters.unload(ref)
+
+    def has_adapter(self, ref: AdapterRef) -> bool:
+        """Whether batches may name a version."""
+        return ref in self._adapters.refs
 
     def abandon(self) -> None:
         self._pending.clear()
@@ -146,8 +189,19 @@ class TorchExecutor:
     def _forward(self, batch: Batch) -> Tensor:
         """Hidden states [T, hidden] behind the last layer; writes the tokens' keys and values."""
         decoder = self._context.decoder
-        step = build_step(batch, self._context, self._slots.last_token)
-        return decoder.forward(decoder.embed(step.token_ids), step, self._context.kv)
+        bypass = self._adapters.bypass(batch)
+        step = build_step(batch, self._context, self._slots.last_token, bypass)
+        hidden = decoder.embed(step.token_ids)
+        if batch.finetune is None:
+            return decoder.forward(hidden, step, self._context.kv)
+        part = self._jobs.forward_part(batch)
+        if part.groups:
+            served = step.bypass or BypassStep(groups=())
+            bypass = replace(served, groups=(*served.groups, *part.groups))
+            step = replace(step, bypass=bypass)
+        hidden = decoder.forward(hidden, step, self._context.kv, taps=part.taps)
+        self._jobs.take_hidden(hidden)
+        return hidden
 
     def _last_logits(self, batch: Batch, hidden: Tensor) -> Tensor | None:
         """Logits [S, V] behind the last token of every sampled row."""

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import finetune_reference as reference
+from model.finetune_strategies import adapter_specs, cuts
 from model.tiny_models import random_model
 from runtime.harness import make_context
-from weft.graph.adapter_spec import (
-    SUB_LAYERS,
-    AdapterKind,
-    AdapterSpec,
-)
+from weft.graph.adapter_spec import AdapterSpec
 from weft.graph.pruning import Remat
+from weft.model.adapters.weights import model_targets
 from weft.model.decoder import attention_shape
 from weft.model.finetune.attention import KvGrads, WindowKv
 from weft.model.finetune.dropout import DropoutKey, dropout_scale
@@ -27,7 +25,7 @@ from weft.model.finetune.layer_backward import layer_backward, wants_kv_grads
 from weft.model.finetune.layer_tensors import LayerTensors, WindowPlace
 from weft.model.finetune.loss import window_loss
 from weft.model.finetune.parameters import TrainedWeights
-from weft.model.finetune.plan import model_targets, plan_layers
+from weft.model.finetune.plan import plan_layers
 from weft.model.rope import rope_table
 
 FAMILIES = (
@@ -41,34 +39,6 @@ FAMILIES = (
     "qwen3",
     "qwen3-layer-types",
 )
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Of the modules that LoRA and (IA)³ attach to."""
-
-
-@st.composite
-def adapter_specs(draw: st.DrawFn) -> AdapterSpec:
-    kind = draw(st.sampled_from(AdapterKind))
-    names = tuple(map(str, SUB_LAYERS)) if kind is AdapterKind.BOTTLENECK else LINEAR_NAMES
-    modules = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
-    layers = draw(st.lists(st.integers(0, 2), min_size=1, unique=True))
-    return AdapterSpec(
-        kind=kind,
-        rank=draw(st.integers(1, 5)),
-        alpha=draw(st.sampled_from([1.0, 7.0])),
-        use_rslora=draw(st.booleans()),
-        dropout=draw(st.sampled_from([0.0, 0.3])) if kind is AdapterKind.LORA else 0.0,
-        target_modules=tuple(modules),
-        layers_to_transform=tuple(layers),
-        feedforward_modules=tuple(draw(st.lists(st.sampled_from(names), unique=True))),
-        activation=draw(st.sampled_from(["relu", "gelu", "silu"])),
-    )
-
-
-@st.composite
-def cuts(draw: st.DrawFn, num: int) -> list[int]:
-    """Bounds of windows over `num` tokens, ends included."""
-    inner = draw(st.lists(st.integers(1, num - 1), unique=True, max_size=5))
-    return [0, *sorted(inner), num]
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.graph.adapter_spec import AdapterSpec, BypassTarget, Module
+from weft.model.adapters.weights import weight_shapes
 from weft.model.finetune.bypass import TrainedBypass
 from weft.model.finetune.primitives import wide_dtype
 
@@ -40,21 +41,6 @@ class ParameterSlot:
         """This weight within a flat tensor [P]."""
         size = torch.Size(self.shape)
         return flat[self.begin : self.begin + size.numel()].view(size)
-
-
-def weight_shapes(target: BypassTarget) -> dict[str, tuple[int, ...]]:
-    """The weights of one bypass and their shapes."""
-    num_in, num_out, rank = target.in_features, target.out_features, target.rank
-    if rank == 0:
-        return {"l": (num_in if target.scales_input else num_out,)}
-    if target.module in (Module.SELF_ATTN, Module.MLP):
-        return {
-            "down": (rank, num_out),
-            "down_bias": (rank,),
-            "up": (num_out, rank),
-            "up_bias": (num_out,),
-        }
-    return {"A": (rank, num_in), "B": (num_out, rank)}
 
 
 def initial_weight(slot: ParameterSlot, seed: int) -> Tensor:
@@ -111,15 +97,19 @@ class TrainedWeights:
         if self.working is not self.master:
             self.working.copy_(self.master)
 
-    def bypasses(self, layer: int) -> dict[Module, TrainedBypass]:
-        """The bypasses of one layer; their tensors are views that stay good."""
+    def bypasses(self, layer: int, flat: Tensor | None = None) -> dict[Module, TrainedBypass]:
+        """The bypasses of one layer; their tensors are views that stay good.
+
+        Weights are views of `flat` [P], by default of the working copies.
+        """
+        flat = self.working if flat is None else flat
         found: dict[Module, TrainedBypass] = {}
         for target in self.targets:
             if target.layer == layer:
                 slots = [slot for slot in self.slots if slot.target is target]
                 found[target.module] = TrainedBypass(
                     target=target,
-                    weights={slot.name: slot.view(self.working) for slot in slots},
+                    weights={slot.name: slot.view(flat) for slot in slots},
                     grads={slot.name: slot.view(self.grads) for slot in slots},
                     activation=self.spec.activation,
                 )

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from weft.graph.adapter_spec import AdapterSpec, BypassTarget, LayerWidths, resolve_targets
 from weft.graph.layer_graph import LayerOptions, build_layer_graph
 from weft.graph.pruning import Remat, backward_needs
-from weft.model.config import ModelConfig
+from weft.model.adapters.weights import layer_widths
 from weft.model.decoder import Decoder, attention_shape
 from weft.model.finetune.layer_tensors import LayerPlan
 from weft.model.finetune.parameters import TrainedWeights
-
-
-def layer_widths(config: ModelConfig) -> LayerWidths:
-    """In and out features of a model's linears."""
-    return LayerWidths(
-        hidden=config.hidden_size,
-        query=config.query_size,
-        kv=config.kv_size,
-        ffn=config.intermediate_size,
-    )
-
-
-def model_targets(spec: AdapterSpec, config: ModelConfig) -> tuple[BypassTarget, ...]:
-    """The bypasses of an adapter on a model.
-
-    Raises:
-        ConfigError: as `weft.graph.adapter_spec.resolve_targets`.
-    """
-    return resolve_targets(spec, num_layers=config.num_layers, widths=layer_widths(config))
 
 
 def plan_layers(decoder: Decoder, trained: TrainedWeights, remat: Remat) -> tuple[LayerPlan, ...]:

@@ -1,0 +1,378 @@
+"""Executes the finetuning side of batches: jobs, samples, windows, optimizer steps, checkpoints.
+
+Shape legend: T tokens of the iteration, h hidden, w labelled tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.base.errors import WeftError
+from weft.engine.batch import AdapterRef, Batch, SegmentKind
+from weft.engine.finetune import (
+    CheckpointSaved,
+    FinetuneOutcome,
+    FinetuneSegment,
+    FinetuneWork,
+    JobFailure,
+    JobStart,
+    OptimizerStep,
+    PublishAdapter,
+    SampleStart,
+    SaveCheckpoint,
+    SegmentLoss,
+    StepOutcome,
+)
+from weft.model.adapters.files import read_adapter, write_adapter
+from weft.model.adapters.weights import AdapterWeights
+from weft.model.finetune.attention import gather_kv
+from weft.model.finetune.layer_backward import layer_backward
+from weft.model.finetune.layer_tensors import LayerTensors
+from weft.model.finetune.loss import window_loss
+from weft.model.finetune.optimizer import clip_
+from weft.model.finetune.taps import SampleTaps, TappedRow
+from weft.model.forward_step import BypassGroup
+from weft.runtime.device_context import DeviceContext
+from weft.runtime.finetune_checkpoint import load_checkpoint, save_checkpoint, write_directory
+from weft.runtime.finetune_state import JobState, SampleState
+from weft.runtime.transfer import Download, upload
+
+Publish = Callable[[AdapterRef, AdapterWeights], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ForwardRow:
+    segment: FinetuneSegment
+    sample: SampleState
+    rows: slice
+    """Its tokens within the iteration."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardPart:
+    """What the decoder must know of a batch's finetuning rows."""
+
+    groups: tuple[BypassGroup, ...]
+    taps: SampleTaps | None
+
+
+@dataclass(kw_only=True, slots=True)
+class PendingOutcome:
+    """What a batch did for its jobs; losses may still be on the device."""
+
+    loss_rows: list[FinetuneSegment] = field(default_factory=list[FinetuneSegment])
+    weights: list[float] = field(default_factory=list[float])
+    loss_sums: Download | None = None
+    steps: list[StepOutcome] = field(default_factory=list[StepOutcome])
+    saves: list[CheckpointSaved] = field(default_factory=list[CheckpointSaved])
+    failures: list[JobFailure] = field(default_factory=list[JobFailure])
+
+
+class FinetuneJobs:
+    """All jobs of an executor. Call, for each batch: `begin`, `forward_part`, `take_hidden`,
+    `backward`, `end`; then `collect`."""
+
+    def __init__(self, context: DeviceContext, *, publish: Publish | None) -> None:
+        """`publish` makes a version servable."""
+        self._context = context
+        self._publish = publish
+        self._jobs: dict[str, JobState] = {}
+        self._samples: dict[tuple[str, int], SampleState] = {}
+        self._forward_rows: list[_ForwardRow] = []
+        self._outcome = PendingOutcome()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held for jobs and samples, pages apart."""
+        return sum(state.size_bytes for state in (*self._jobs.values(), *self._samples.values()))
+
+    # ---- before the rows ----
+
+    def begin(self, work: FinetuneWork) -> None:
+        """Take the jobs and samples that start."""
+        self._outcome = PendingOutcome()
+        self._forward_rows = []
+        for start in work.job_starts:
+            self._start_job(start)
+        for start in work.sample_starts:
+            self._start_sample(start)
+
+    def _start_job(self, start: JobStart) -> None:
+        try:
+            job = JobState(start, self._context)
+            if start.resume_from is not None:
+                job.num_steps = load_checkpoint(job, Path(start.resume_from))
+            elif start.initial_adapter is not None:
+                self._load_adapter(job, start.initial_adapter)
+        except (WeftError, OSError, RuntimeError) as error:
+            # A RuntimeError is how torch says that memory is out.
+            self._fail(start.job_id, f"the job cannot start: {error}", 0)
+            return
+        self._jobs[start.job_id] = job
+
+    def _load_adapter(self, job: JobState, path: str) -> None:
+        adapter = read_adapter(
+            path, self._context.config, dtype=job.trained.master.dtype, device=self._context.device
+        )
+        found = {
+            f"{bypass.target.layer}.{bypass.target.module}.{name}": (bypass.target.scale, weight)
+            for bypass in adapter
+            for name, weight in bypass.weights.items()
+        }
+        wanted = {s.key: (s.target.scale, s.shape) for s in job.trained.slots}
+        if {k: (scale, tuple(w.shape)) for k, (scale, w) in found.items()} != wanted:
+            raise WeftError(f"{path} holds an adapter of other targets, ranks or scales")
+        job.trained.load({key: weight for key, (_, weight) in found.items()})
+
+    def _start_sample(self, start: SampleStart) -> None:
+        job = self._jobs.get(start.job_id)
+        if job is not None:
+            self._samples[start.job_id, start.sample] = SampleState(job, start, self._context)
+
+    # ---- forward rows ----
+
+    def forward_part(self, batch: Batch) -> ForwardPart:
+        """Adapters and taps of the batch's forward rows."""
+        for segment, sample in self._rows(batch, SegmentKind.FT_FORWARD):
+            sample.went_forward(segment)
+            first, last = batch.row_starts[segment.row], batch.row_starts[segment.row + 1]
+            self._forward_rows.append(
+                _ForwardRow(segment=segment, sample=sample, rows=slice(int(first), int(last)))
+            )
+        groups = tuple(
+            BypassGroup(rows=row.rows, adapter=row.sample.job.adapter, dropout=row.sample.dropout)
+            for row in self._forward_rows
+        )
+        tapped = [_tapped(row) for row in self._forward_rows if not _is_validation(row)]
+        taps = SampleTaps(tapped, batch.num_tokens) if tapped else None
+        return ForwardPart(groups=groups, taps=taps)
+
+    def _rows(
+        self, batch: Batch, kind: SegmentKind
+    ) -> Iterator[tuple[FinetuneSegment, SampleState]]:
+        segments = () if batch.finetune is None else batch.finetune.segments
+        for segment in segments:
+            sample = self._samples.get((segment.job_id, segment.sample))
+            if batch.kinds[segment.row] == kind and sample is not None:
+                yield segment, sample
+
+    def take_hidden(self, hidden: Tensor) -> None:
+        """Losses and their gradients from the hidden states [T, h] behind the last layer."""
+        for row in self._forward_rows:
+            if not _is_validation(row):
+                self._check_saved(row.sample)
+        self._losses([row for row in self._forward_rows if not _is_validation(row)], hidden, True)
+        self._losses([row for row in self._forward_rows if _is_validation(row)], hidden, False)
+
+    def _check_saved(self, sample: SampleState) -> None:
+        """What is kept is what the pruned backward reads, nothing less and nothing else."""
+        for plan in sample.job.plans:
+            assert sample.saved.names(plan.index) == plan.needs.saved.keys(), plan.index
+
+    def _losses(self, rows: list[_ForwardRow], hidden: Tensor, wants_gradient: bool) -> None:
+        if not rows:
+            return
+        device = hidden.device
+        spans = [row.sample.labelled(row.segment.begin, row.segment.end) for row in rows]
+        starts = [row.sample.start for row in rows]
+        weights = [s.label_weights[p + 1] for s, p in zip(starts, spans, strict=True)]
+        counts = [len(span) for span in spans]
+        at = [r.rows.start + p - r.segment.begin for r, p in zip(rows, spans, strict=True)]
+        labels = [s.token_ids[p + 1] for s, p in zip(starts, spans, strict=True)]
+        scaled = [w * np.float64(s.loss_scale) for s, w in zip(starts, weights, strict=True)]
+        decoder = self._context.decoder
+        found = window_loss(
+            hidden[upload(np.concatenate(at), device)],
+            upload(np.concatenate(labels).astype(np.int64), device),
+            upload(np.concatenate(scaled), device) if wants_gradient else None,
+            weights=decoder.weights,
+            kernels=decoder.kernels,
+            norm_eps=decoder.config.rms_norm_eps,
+        )
+        weighted = found.losses.double() * upload(np.concatenate(weights), device)
+        sums = torch.stack([part.sum() for part in weighted.split(counts)])
+        pending = self._outcome
+        before = pending.loss_sums
+        if before is not None:
+            sums = torch.cat([torch.from_numpy(before.wait()["sums"]).to(device), sums])
+        pending.loss_sums = Download({"sums": sums})
+        pending.loss_rows += [row.segment for row in rows]
+        pending.weights += [float(w.sum(dtype=np.float64)) for w in weights]
+        if found.d_hidden is None:
+            return
+        for row, span, part in zip(rows, spans, found.d_hidden.split(counts), strict=True):
+            target = row.sample.d_hidden
+            if target is not None and len(span):
+                target[upload(span, device)] = part
+
+    # ---- backward rows ----
+
+    def backward(self, batch: Batch) -> None:
+        """Pass the batch's backward rows, in their order."""
+        for segment, sample in self._rows(batch, SegmentKind.FT_BACKWARD):
+            first, end = batch.layers[segment.row].tolist()
+            for layer in range(end - 1, first - 1, -1):
+                sample.check_backward(segment, layer)
+                self._layer_backward(batch, segment, sample, layer)
+                sample.went_backward(layer, segment.begin)
+
+    def _layer_backward(
+        self, batch: Batch, segment: FinetuneSegment, sample: SampleState, layer: int
+    ) -> None:
+        plan, d_hidden = sample.job.plans[layer], sample.d_hidden
+        if plan.needs.is_empty or d_hidden is None:
+            return
+        begin, end = segment.begin, segment.end
+        kv = None
+        if plan.needs.reads_pages:
+            layout = self._context.layout
+            group = layout.layer_groups[layer]
+            kv = gather_kv(
+                self._context.kv[layer],
+                upload(batch.page_tables[group][segment.row], d_hidden.device),
+                page_tokens=layout.groups[group].page_tokens,
+                begin=begin,
+                end=end,
+                window=layout.groups[group].window,
+            )
+        place = sample.place(begin, end)
+        tensors = LayerTensors(plan, sample.saved.window(layer, begin, end), place, kv)
+        d_input = layer_backward(plan, tensors, place, d_hidden[begin:end], sample.kv_grads(layer))
+        if d_input is not None:
+            d_hidden[begin:end] = d_input
+
+    # ---- behind the rows ----
+
+    def end(self, work: FinetuneWork) -> PendingOutcome:
+        """Sample ends, optimizer steps, checkpoints, publications and job ends, in this order."""
+        for key in work.sample_ends:
+            self._samples.pop(key, None)
+        for step in work.steps:
+            self._step(step)
+        for save in work.saves:
+            self._save(save)
+        for publish in work.publishes:
+            self._publish_adapter(publish)
+        for job_id in work.job_ends:
+            self._forget(job_id)
+        self._forward_rows = []
+        return self._outcome
+
+    def _step(self, step: OptimizerStep) -> None:
+        job = self._jobs.get(step.job_id)
+        if job is None:
+            return
+        trained = job.trained
+        norm = clip_(trained.grads, job.start.optimizer.max_grad_norm)
+        if not np.isfinite(norm):
+            message = f"the gradient of step {step.step} is not finite (its norm is {norm})"
+            self._fail(step.job_id, message, step.step)
+            return
+        job.optimizer.update(trained.master, trained.grads, lr=step.lr, num_done=step.step)
+        trained.grads.zero_()
+        trained.refresh()
+        job.num_steps = step.step + 1
+        self._outcome.steps.append(StepOutcome(job_id=step.job_id, step=step.step, grad_norm=norm))
+
+    def _save(self, save: SaveCheckpoint) -> None:
+        job = self._jobs.get(save.job_id)
+        if job is None:
+            return
+        start_s = time.perf_counter()
+        path = Path(save.path)
+        try:
+            if save.is_final:
+                adapter = job.adapter_of(job.trained.master)
+                spec = job.start.adapter
+                write_directory(path, lambda partial: write_adapter(partial, spec, adapter))
+            else:
+                save_checkpoint(job, path, save.num_steps)
+        except (OSError, RuntimeError, WeftError) as error:
+            message = f"checkpoint {path} cannot be written: {error}"
+            self._fail(save.job_id, message, save.num_steps)
+            return
+        self._outcome.saves.append(
+            CheckpointSaved(
+                job_id=save.job_id,
+                path=save.path,
+                num_steps=save.num_steps,
+                elapsed_s=time.perf_counter() - start_s,
+            )
+        )
+
+    def _publish_adapter(self, publish: PublishAdapter) -> None:
+        job = self._jobs.get(publish.job_id)
+        if job is not None and self._publish is not None:
+            ref = AdapterRef(id=publish.id, version=publish.version)
+            self._publish(ref, job.adapter_of(job.trained.working.clone()))
+
+    def _fail(self, job_id: str, message: str, step: int, sample: int | None = None) -> None:
+        """Report a job, free what it holds, and ignore it from here on."""
+        self._outcome.failures.append(
+            JobFailure(job_id=job_id, message=message, step=step, sample=sample)
+        )
+        self._forget(job_id)
+
+    def _forget(self, job_id: str) -> None:
+        self._jobs.pop(job_id, None)
+        for key in [key for key in self._samples if key[0] == job_id]:
+            del self._samples[key]
+
+    # ---- results ----
+
+    def collect(self, pending: PendingOutcome) -> FinetuneOutcome:
+        """What a batch did; a job whose loss is not finite fails here."""
+        sums = [] if pending.loss_sums is None else pending.loss_sums.wait()["sums"].tolist()
+        losses: list[SegmentLoss] = []
+        failures = list(pending.failures)
+        failed = {failure.job_id for failure in failures}
+        for segment, loss_sum, weight in zip(pending.loss_rows, sums, pending.weights, strict=True):
+            job_id = segment.job_id
+            if np.isfinite(loss_sum):
+                losses.append(
+                    SegmentLoss(
+                        job_id=job_id, sample=segment.sample, loss_sum=loss_sum, weight=weight
+                    )
+                )
+            elif job_id in self._jobs and job_id not in failed:
+                failed.add(job_id)
+                step = self._jobs[job_id].num_steps
+                failures.append(
+                    JobFailure(
+                        job_id=job_id,
+                        message=f"the loss of sample {segment.sample} in step {step} is {loss_sum}",
+                        step=step,
+                        sample=segment.sample,
+                    )
+                )
+                self._forget(job_id)
+        return FinetuneOutcome(
+            losses=tuple(losses),
+            steps=tuple(pending.steps),
+            saves=tuple(pending.saves),
+            failures=tuple(failures),
+        )
+
+
+def _is_validation(row: _ForwardRow) -> bool:
+    return row.sample.start.is_validation
+
+
+def _tapped(row: _ForwardRow) -> TappedRow:
+    sample, begin = row.sample, row.segment.begin
+    place = sample.place(begin, row.segment.end)
+    return TappedRow(
+        rows=row.rows,
+        begin=begin,
+        plans=sample.job.plans,
+        saved=sample.saved,
+        cos=place.cos,
+        sin=place.sin,
+    )
