@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from weft.plan.action import ActionKind
 from weft.runtime.batch_source import SampleSource
 from weft.runtime.grad_sync import GradientSync
+from weft.runtime.measured import LoopRecord
 from weft.runtime.micro_batch import MicroBatch, WeightHalf
 from weft.runtime.rank_program import BoundAction, Piece, RankPlan, StageShape
 from weft.runtime.stage_cut import CutEdge, StageCut, StageProgram
@@ -73,16 +74,6 @@ class _Posted:
             self.place.add_(self.arrived)
         else:
             self.place.copy_(self.arrived)
-
-
-@dataclass(kw_only=True, slots=True)
-class LoopRecord:
-    """When each action ran, by its index in the step's segment; seconds of `perf_counter`."""
-
-    actions: list[BoundAction] = field(default_factory=list)
-    shift: list[int] = field(default_factory=list)
-    start_s: list[float] = field(default_factory=list)
-    end_s: list[float] = field(default_factory=list)
 
 
 class RankLoop:
@@ -189,6 +180,7 @@ class RankLoop:
         num_posted, num_received = 0, 0
         shift = {s: base * run.shape.num_micro_batches for s, run in self.stages.items()}
         last_backward = _last_backwards(segment) if is_last_flush else {}
+        record = self.record.begin(self._step) if self.record is not None else None
         for index, bound in enumerate(segment):
             action = bound.action
             kind, stage = action.kind, action.stage
@@ -197,7 +189,9 @@ class RankLoop:
                 ahead = receives[num_posted]
                 self._post(ahead, shift[ahead.action.stage])
                 num_posted += 1
-            started_s = time.perf_counter() if self.record is not None else 0.0
+            if record is not None:
+                record.actions.append(bound)
+                record.start_s.append(time.perf_counter())
             if kind in (ActionKind.RECV_F, ActionKind.RECV_B):
                 if num_received >= num_posted:
                     self._post(bound, shift[stage])
@@ -214,15 +208,8 @@ class RankLoop:
                 if last_backward.get(stage) == index and self.sync is not None:
                     self.sync.expect(stage)
                 self._run[kind](bound, action.micro_batch + shift[stage])
-            if self.record is not None:
-                self._note(bound, shift[stage], started_s)
-
-    def _note(self, bound: BoundAction, shift: int, started_s: float) -> None:
-        if self.record is not None:
-            self.record.actions.append(bound)
-            self.record.shift.append(shift)
-            self.record.start_s.append(started_s)
-            self.record.end_s.append(time.perf_counter())
+            if record is not None:
+                record.end_s.append(time.perf_counter())
 
     def take_losses(self, step: int) -> tuple[float, float]:
         """(sum, weight) of the losses of an optimizer step, once."""
@@ -331,7 +318,8 @@ class RankLoop:
                 yield loss, weight.detach() if isinstance(weight, Tensor) else weight
             else:
                 # Several tasks' means share one weight: their sum is the loss.
-                yield loss * stage.shape.share, stage.shape.share if position == 0 else 0
+                counts = stage.program.counts_samples and position == 0
+                yield loss * stage.shape.share, stage.shape.share if counts else 0
             position += 2 if is_pair else 1
 
     def _save_roots(self, stage: StageRun, saved: _Saved, values: Sequence[Any]) -> None:

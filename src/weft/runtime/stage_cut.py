@@ -103,6 +103,8 @@ class StageProgram:
     num_outputs: int
     losses: tuple[bool, ...]
     """For each loss whether it is a pair."""
+    counts_samples: bool
+    """Whether the weight of means is counted here: once for all tasks."""
     has_dropout: bool
 
 
@@ -304,8 +306,19 @@ class _Cutter:
         return max(found, key=order.__getitem__)
 
     def _reads(self, node: Node) -> list[Node]:
+        whole = self._broadcast_of(node)
+        if whole is not None:
+            return [whole]
         args, kwargs = self.arguments.get(node, (node.args, node.kwargs))
         return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Node)]
+
+    def _broadcast_of(self, node: Node) -> Node | None:
+        """The tensor that a node is an expansion of: one result of broadcast_tensors."""
+        source = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(source, Node) or _aten_name(source) != "broadcast_tensors":
+            return None
+        parts = self.arguments[source][0][0]
+        return parts[node.args[1]]
 
     def _collect(self, index: int, draft: _Draft, roots: Sequence[Node]) -> None:
         stack = list(roots)
@@ -373,6 +386,7 @@ class _Cutter:
             buffers=tuple(writer.buffers),
             num_outputs=len(outputs),
             losses=(True,) if num_pairs == [True] and losses else (False,) * len(losses),
+            counts_samples=self.by_name[self.capture.losses[0].mean] in losses,
             has_dropout=writer.has_dropout,
         )
 
@@ -520,7 +534,9 @@ class _Writer:
                 size = _size_value(read)
                 if size is not None:
                     found[self.cutter.size(size)] = None
-            for operand in self.cutter._shape_operands(node):
+            shaped = [*self.cutter._shape_operands(node)]
+            shaped += [node] if self.cutter._broadcast_of(node) is not None else []
+            for operand in shaped:
                 for size in operand.meta["val"].shape:
                     found[self.cutter.size(size)] = None
         for node in losses:
@@ -567,6 +583,13 @@ class _Writer:
             if isinstance(region, GraphModule):
                 _refuse_random(region, self.cutter._where(node))
                 self.regions[str(node.target)] = region_on(region, self.cutter.device)
+            return
+        whole = self.cutter._broadcast_of(node)
+        if whole is not None:
+            sizes = [self._size(size) for size in node.meta["val"].shape]
+            self.copied[node] = self.graph.call_function(
+                torch.ops.aten.expand.default, (self._value(whole), sizes)
+            )
             return
         shape_only = self.cutter._shape_operands(node)
         stand_ins = {n: self._stand_in(n) for n in shape_only if n not in self.copied}

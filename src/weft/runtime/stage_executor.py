@@ -27,12 +27,13 @@ from weft.plan.train_plan import PlanError, TrainPlan
 from weft.plan.validate import validate_plan
 from weft.runtime.batch_source import SampleSource
 from weft.runtime.executor_config import ExecutorConfig, LossScope
+from weft.runtime.measured import LoopRecord, timeline_of
 from weft.runtime.param_init import ModuleWeights, WeightSource
-from weft.runtime.rank_loop import LoopRecord
 from weft.runtime.rank_program import RankPlan, rank_plans
 from weft.runtime.rank_state import RankBuilder, RankState, gradient_groups
 from weft.runtime.stage_cut import check_edges, cut_stages
 from weft.runtime.transport import Handle, RankProgram, World
+from weft.sim.timeline import Timeline
 
 SUPPORTED_KINDS = (
     COMPUTE_KINDS | SEND_KINDS | RECV_KINDS | {ActionKind.REDUCE_GRAD, ActionKind.STEP}
@@ -256,6 +257,22 @@ class TorchStageExecutor:
         )
         return totals[0].resolve()
 
+    def gather_timeline(self) -> Timeline:
+        """What was measured in the last steps (`ExecutorConfig.record`), on every rank.
+
+        All ranks must call it. Raises ConfigError where nothing was recorded.
+        """
+        parts = [
+            b"" if rank.loop.record is None else rank.loop.record.to_bytes(self.schedule)
+            for rank in self.ranks
+        ]
+        return timeline_of(
+            self.plan,
+            self.schedule,
+            self.world.all_gather_bytes(parts),
+            shifts=self.config.accumulate == 1,
+        )
+
     def _check(self) -> None:
         require_kinds(self.schedule, self.supported_kinds, "training runtime")
         expected = len(self.plan.used_devices)
@@ -284,9 +301,10 @@ class TorchStageExecutor:
                 share = stage.micro_batch // stage.dp
                 if share != size:
                     raise UnsupportedError(
-                        f"the batch of input {name!r} is fixed at {size} by the model's code, but "
-                        f"stage {stage.index} runs {share} samples at a time; plan with "
-                        f"micro-batches of {size} per device, or capture with another batch"
+                        f"the batch of input {name!r} is fixed at {size} by the code of the model "
+                        f"or loss (int(), float() or len() of a size does that; use x.shape[0] as "
+                        f"it is), but stage {stage.index} runs {share} samples at a time; change "
+                        f"the code, or plan with micro-batches of {size} per device"
                     )
 
     def _step(
@@ -318,6 +336,8 @@ class TorchStageExecutor:
             totals.handle = None
             totals.resolve()
         self._update(rank, totals)
+        if rank.loop.record is not None:
+            rank.loop.record.end_step(time.perf_counter())
 
     @property
     def _has_pair(self) -> bool:
