@@ -114,3 +114,35 @@ def test_gauges_show_the_running_and_the_waiting(start_server: Callable[..., Ser
         assert samples["weft:num_requests_running"] == 1
         assert samples["weft:num_requests_waiting"] == 1
         assert 0 < samples["weft:kv_cache_usage_perc"] < 1
+
+
+def test_finetuning_is_measured(start_server: Callable[..., Server]) -> None:
+    server = start_server(builder="build_slow", policy="budget")
+    client = server.openai()
+    rows = "\n".join(f'{{"text": "row {i}"}}' for i in range(50)).encode()
+    file = client.files.create(file=("a.jsonl", rows), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=MODEL_NAME, training_file=file.id)
+    with server.http() as http:
+        for _ in range(200):
+            values = _values(http.get("/metrics").text)
+            if values.get('weft:finetune_steps_total{model_name="fake/model"}', 0) >= 2:
+                break
+            time.sleep(0.05)
+        client.completions.create(model=MODEL_NAME, prompt="x", max_tokens=3)
+        client.fine_tuning.jobs.cancel(job.id)
+        values |= _values(http.get("/metrics").text)
+    label = f'{{job="{job.id}",model_name="fake/model"}}'
+    assert 0 < values[f"weft:finetune_loss{label}"] <= 2
+    assert values[f"weft:finetune_tokens_per_second{label}"] > 0
+    assert values['weft:finetune_tokens_total{model_name="fake/model"}'] >= 12
+    assert values['weft:iteration_actual_seconds{model_name="fake/model"}'] > 0
+    for objective in ("tpot", "ttft"):
+        assert any(
+            key.startswith("weft:slo_outcomes_total") and f'objective="{objective}"' in key
+            for key in values
+        )
+
+
+def _values(text: str) -> dict[str, float]:
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in lines}

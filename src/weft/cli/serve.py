@@ -115,11 +115,13 @@ def serve(
         FinetunePolicy, _option("How finetuning shares the iterations", _FINETUNING)
     ] = FinetunePolicy.COSERVE,
     slo_tpot_ms: Annotated[
-        float, _option("Time per output token that requests are promised", _FINETUNING)
-    ] = 50.0,
+        float | None,
+        _option("Time per output token that requests are promised; default: by model", _FINETUNING),
+    ] = None,
     slo_ttft_ms: Annotated[
-        float, _option("Time to first token that requests are promised", _FINETUNING)
-    ] = 1000.0,
+        float | None,
+        _option("Time to first token that requests are promised; default: by model", _FINETUNING),
+    ] = None,
     max_iteration_ms: Annotated[
         float,
         _option("Longest iteration with finetuning, so that arrivals wait no longer", _FINETUNING),
@@ -170,7 +172,7 @@ def serve(
             trace_path=None if trace is None else str((data_dir or Path()) / trace),
             finetune=FinetuneConfig(
                 policy=policy,
-                slo=LatencySlo(tpot_s=slo_tpot_ms / 1e3, ttft_s=slo_ttft_ms / 1e3),
+                slo=_slo(slo_tpot_ms, slo_ttft_ms),
                 max_iteration_s=max_iteration_ms / 1e3,
                 min_share=finetune_min_share,
             ),
@@ -200,6 +202,13 @@ def serve(
         ),
     )
     raise typer.Exit(_run(config, data_dir))
+
+
+def _slo(tpot_ms: float | None, ttft_ms: float | None) -> LatencySlo | None:
+    """None leaves both to the model's own speed."""
+    given = {"tpot_s": tpot_ms, "ttft_s": ttft_ms}
+    given_s = {name: value / 1e3 for name, value in given.items() if value is not None}
+    return LatencySlo(**given_s) if given_s else None
 
 
 def main(argv: list[str]) -> int:

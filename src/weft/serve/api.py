@@ -110,7 +110,9 @@ class Api:
         self.tokenizer = tokenizer
         self.is_draining = False
         """Set by the server's owner: nothing new is taken."""
-        self.metrics = ServingMetrics(client, model_name=config.model_names[0])
+        self.metrics = ServingMetrics(
+            client, model_name=config.model_names[0], finetuning=finetuning
+        )
         client.observer = self.metrics
         self._factory = RequestFactory(
             tokenizer=tokenizer,

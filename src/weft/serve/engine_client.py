@@ -37,6 +37,7 @@ from weft.serve.messages import (
     Configure,
     ControlJob,
     Failed,
+    FinetuneGauges,
     FinishChoice,
     FromEngine,
     JobAction,
@@ -174,6 +175,8 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         """The engine's latest word on itself; None before its first iteration."""
+        self.finetune_gauges: FinetuneGauges | None = None
+        """Likewise of finetuning."""
         self.observer: UpdateObserver | None = None
         self.on_finetune_events: Callable[[list[FinetuneEvent]], None] | None = None
         """Called in the event loop with news of jobs, in order."""
@@ -401,6 +404,7 @@ class EngineClient:
         match message:
             case Progress(updates=updates, rejected=rejected, stats=stats, news=news):
                 self.stats = stats
+                self.finetune_gauges = message.finetune
                 now_s = time.monotonic()
                 for update in updates:
                     self._deliver(update, now_s)

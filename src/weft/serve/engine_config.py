@@ -78,6 +78,10 @@ class EngineInfo:
     device: str
     num_pages: int
     page_bytes: int
+    slo_tpot_s: float = 0.05
+    """Time per output token that requests are promised."""
+    slo_ttft_s: float = 1.0
+    """Time to first token that they are promised."""
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -19,7 +19,7 @@ from weft.engine.loop import EngineLoop
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.iteration_trace import TracedExecutor
-from weft.serve.messages import JobAction
+from weft.serve.messages import FinetuneGauges, JobAction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +82,8 @@ class EngineCore:
             device=built.device,
             num_pages=info.num_pages,
             page_bytes=info.page_bytes,
+            slo_tpot_s=self._policy.slo.tpot_s,
+            slo_ttft_s=self._policy.slo.ttft_s,
         )
 
     @property
@@ -175,6 +177,18 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Gauges and counters of this instant."""
         return self._policy.stats()
+
+    def finetune_gauges(self) -> FinetuneGauges:
+        """Finetuning's counters, and how the latest iteration went against what was foreseen."""
+        stats = self._policy.finetune_stats()
+        latest = stats.latest
+        return FinetuneGauges(
+            num_forward_tokens=stats.num_forward_tokens,
+            num_steps=stats.num_steps,
+            predicted_s=0.0 if latest is None else latest.predicted_s,
+            actual_s=0.0 if latest is None else latest.actual_s,
+            head_room_s=0.0 if latest is None else max(0.0, latest.budget_s - latest.inference_s),
+        )
 
     def check_integrity(self) -> None:
         """Verify every invariant of pages and sequences.

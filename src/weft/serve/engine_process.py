@@ -79,7 +79,15 @@ class EngineServer:
                 rejected, self._rejected = self._rejected, []
                 stats = self._core.stats()
                 news = [JobNews.of(event) for event in events]
-                self._send(Progress(updates=updates, rejected=rejected, stats=stats, news=news))
+                self._send(
+                    Progress(
+                        updates=updates,
+                        rejected=rejected,
+                        stats=stats,
+                        news=news,
+                        finetune=self._core.finetune_gauges(),
+                    )
+                )
                 self._sent_at_s = now_s
 
     def _listen(self) -> bool:

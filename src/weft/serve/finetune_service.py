@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -143,6 +143,11 @@ class FinetuneService:
     def store(self) -> Store:
         """To be used within `run` only."""
         return self._store
+
+    @property
+    def latest_steps(self) -> Mapping[str, StepMetrics]:
+        """The latest step of every job that has not ended, for metrics."""
+        return self._latest
 
     # ---- what callers ask for ----
 

@@ -58,6 +58,19 @@ class TracedExecutor:
             name = SegmentKind(kind).name.lower()
             rows[name] = int(chosen.sum())
             tokens[name] = int(lengths[chosen].sum())
+        if batch.finetune is not None:
+            # Backward rows hold no tokens of their own, but pass those of a span.
+            spans = [
+                segment.end - segment.begin
+                for segment in batch.finetune.segments
+                if batch.kinds[segment.row] == SegmentKind.FT_BACKWARD
+            ]
+            if spans:
+                tokens[SegmentKind.FT_BACKWARD.name.lower()] = sum(spans)
+            for kind in ("steps", "saves"):
+                if count := len(getattr(batch.finetune, kind)):
+                    name = {"steps": "optimizer", "saves": "checkpoint"}[kind]
+                    rows[name], tokens[name] = count, 0
         self._submitted.append(
             _Submitted(
                 batch_id=batch.batch_id, start_s=self._clock.now_s(), rows=rows, tokens=tokens

@@ -225,6 +225,18 @@ class JobNews(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
+class FinetuneGauges(msgspec.Struct, frozen=True, kw_only=True):
+    """Finetuning beside inference: counters since the start, and the latest iteration."""
+
+    num_forward_tokens: int
+    num_steps: int
+    predicted_s: float
+    """Of the iteration, as it was foreseen; 0 before the first."""
+    actual_s: float
+    head_room_s: float
+    """What the objectives left beside inference."""
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """All news of one iteration in one message."""
 
@@ -232,6 +244,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rejected: list[Rejected]
     stats: EngineStats
     news: list[JobNews] = []
+    finetune: FinetuneGauges | None = None
 
 
 FromEngine = Ready | Failed | Checked | Answer | Progress

@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from weft.engine.request import EngineStats, SequenceUpdate
 from weft.serve.engine_client import EngineClient, LiveRequest
+from weft.serve.finetune_metrics import FinetuneCollector
+from weft.serve.finetune_service import FinetuneService
 
 _TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -50,11 +52,18 @@ class _Timing:
 class ServingMetrics:
     """Observes every request's life; gauges and counters of the engine are read when scraped."""
 
-    def __init__(self, client: EngineClient, *, model_name: str) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        *,
+        model_name: str,
+        finetuning: FinetuneService | None = None,
+    ) -> None:
         self._client = client
         self._model_name = model_name
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(client, model_name))
+        self._registry.register(FinetuneCollector(client, model_name, finetuning))
         self._timings: dict[str, _Timing] = {}
         tokens = _token_buckets(client.info.max_model_len)
         histogram = self._histogram
@@ -102,6 +111,13 @@ class ServingMetrics:
             (*_LABELS, "finished_reason"),
             registry=self._registry,
         )
+        self._slo = Counter(
+            "weft:slo_outcomes",
+            "Choices that kept a latency objective, or did not.",
+            (*_LABELS, "objective", "attained"),
+            registry=self._registry,
+        )
+        self._slo_s = {"tpot": client.info.slo_tpot_s, "ttft": client.info.slo_ttft_s}
         self._rejections = Counter(
             "weft:admission_rejections",
             "Requests that a full queue turned away.",
@@ -159,6 +175,7 @@ class ServingMetrics:
         if not timing.first_token_s:
             timing.first_token_s = now_s
             self._ttft.observe(now_s - timing.arrival_s)
+            self._judge("ttft", now_s - timing.arrival_s)
         if previous_s is not None:
             self._inter_token.observe(now_s - previous_s)
         timing.last_token_s[choice] = now_s
@@ -171,6 +188,11 @@ class ServingMetrics:
         if num_tokens > 1:
             span_s = timing.last_token_s[choice] - timing.first_token_s
             self._per_output_token.observe(max(0.0, span_s) / (num_tokens - 1))
+            self._judge("tpot", max(0.0, span_s) / (num_tokens - 1))
+
+    def _judge(self, objective: str, value_s: float) -> None:
+        attained = "true" if value_s <= self._slo_s[objective] else "false"
+        self._slo.labels(self._model_name, objective, attained).inc()
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(
