@@ -5,6 +5,7 @@ Shape legend: M rows, U units of the contraction, N outputs.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -12,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from weft.model.kernels.cpu_gemm import Epilogue
-from weft.model.kernels.cpu_ir import Storage
+from weft.model.kernels.cpu_ir import Isa, Storage
 from weft.model.kernels.cpu_panel_ir import (
     CHUNK,
     PACK_ARGS,
@@ -26,15 +27,24 @@ from weft.model.kernels.cpu_team import Call, NativeKernels
 # Rows by units that stay in the second-level cache, four bytes each, beside a panel.
 _BLOCK = 256 * 768
 _MAX_BLOCK_ROWS = 512
+_PACK_ROWS_WORD = PACK_ARGS.index("m")
+_PANEL_ROWS_WORD = PANEL_ARGS.index("m")
+
+
+@functools.lru_cache(maxsize=1024)
+def _panel_spec(
+    storage: Storage, epilogue: Epilogue, isa: Isa, size: int, is_grad: bool
+) -> PanelSpec:
+    can_dot = storage is Storage.BFLOAT16 and isa.has_bf16_dot
+    use_dot = can_dot and size % (2 * CHUNK) == 0
+    return PanelSpec(storage=storage, epilogue=epilogue, use_dot=use_dot, is_grad=is_grad)
 
 
 def panel_spec(
     native: NativeKernels, storage: Storage, epilogue: Epilogue, size: int, *, is_grad: bool
 ) -> PanelSpec:
     """The variant for a contraction of `size` elements, a multiple of `CHUNK`."""
-    can_dot = storage is Storage.BFLOAT16 and native.isa.has_bf16_dot
-    use_dot = can_dot and size % (2 * CHUNK) == 0
-    return PanelSpec(storage=storage, epilogue=epilogue, use_dot=use_dot, is_grad=is_grad)
+    return _panel_spec(storage, epilogue, native.isa, size, is_grad)
 
 
 def even_cuts(total: int, most: int, step: int = 1) -> list[tuple[int, int]]:
@@ -114,15 +124,15 @@ def panel_calls(
     addend [M, N] with y's row stride. They run in order, each after the one before has ended.
     M is at least `MIN_PANEL_ROWS`, and y no narrower than a panel.
     """
-    team, width = native.team, panel_width(native.isa)
-    num_rows, num_units = x.shape[0], x.shape[1] // spec.unit_size
+    team = native.team
     # Replays of fewer rows must not leave a block with less than a product's fewest rows.
-    blocks = even_cuts(num_rows, num_rows if team.is_recording else _MAX_BLOCK_ROWS)
-    block_rows = max(stop - start for start, stop in blocks)
-    unit_blocks = even_cuts(num_units, max(CHUNK, _BLOCK // max(block_rows, 256)), CHUNK)
-    block_units = max(end - begin for begin, end in unit_blocks)
-    num_panels = -(-y.shape[1] // spec.outputs_per_panel(native.isa))
-    num_sums = num_panels * block_rows * width if len(unit_blocks) > 1 else 0
+    most_rows = x.shape[0] if team.is_recording else _MAX_BLOCK_ROWS
+    cuts = _cut(
+        spec,
+        native.isa,
+        (x.shape[0], x.shape[1] // spec.unit_size, y.shape[1]),
+        (most_rows, _BLOCK),
+    )
     num_slots = team.num_threads
     product = _Product(
         spec=spec,
@@ -130,22 +140,53 @@ def panel_calls(
         weight=weight,
         y=y,
         extra=extra,
-        packed=team.scratch("packed rows", block_rows * block_units),
-        panels=team.scratch("panels", num_slots * block_units * width),
-        sums=team.scratch("sums", num_sums),
+        packed=team.scratch("packed rows", cuts.num_packed),
+        panels=team.scratch("panels", num_slots * cuts.num_panel),
+        sums=team.scratch("sums", cuts.num_sums),
         num_slots=num_slots,
     )
-    pack = native.address(PackSpec(storage=spec.storage, use_dot=spec.use_dot))
-    kernel = native.address(spec)
+    pack, kernel = native.address(cuts.pack), native.address(spec)
     call = partial(Call, keep=product.tensors, only_for=only_for)
     calls: list[Call] = []
-    for rows in blocks:
-        for units in unit_blocks:
-            words = product.pack_words(rows, units)
-            calls.append(call(kernel=pack, words=words, rows_word=PACK_ARGS.index("m")))
-            words = product.panel_words(rows, units, num_units)
-            calls.append(call(kernel=kernel, words=words, rows_word=PANEL_ARGS.index("m")))
+    for rows, units in cuts.blocks:
+        words = product.pack_words(rows, units)
+        calls.append(call(kernel=pack, words=words, rows_word=_PACK_ROWS_WORD))
+        words = product.panel_words(rows, units, cuts.num_units)
+        calls.append(call(kernel=kernel, words=words, rows_word=_PANEL_ROWS_WORD))
     return calls
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Cuts:
+    """How a product of one shape is cut, and what room that takes, in float32."""
+
+    pack: PackSpec
+    blocks: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    """(rows, units), each as (begin, end), in the order of the calls."""
+    num_units: int
+    num_packed: int
+    num_panel: int
+    num_sums: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(spec: PanelSpec, isa: Isa, shape: tuple[int, int, int], limits: tuple[int, int]) -> _Cuts:
+    """Cut a product of `shape` (M, U, N) by `limits`: rows of a block, rows by units of one."""
+    num_rows, num_units, num_outputs = shape
+    width = panel_width(isa)
+    row_blocks = even_cuts(num_rows, limits[0])
+    most_rows = max(stop - start for start, stop in row_blocks)
+    unit_blocks = even_cuts(num_units, max(CHUNK, limits[1] // max(most_rows, 256)), CHUNK)
+    most_units = max(end - begin for begin, end in unit_blocks)
+    num_panels = -(-num_outputs // spec.outputs_per_panel(isa))
+    return _Cuts(
+        pack=PackSpec(storage=spec.storage, use_dot=spec.use_dot),
+        blocks=tuple((rows, units) for rows in row_blocks for units in unit_blocks),
+        num_units=num_units,
+        num_packed=most_rows * most_units,
+        num_panel=most_units * width,
+        num_sums=num_panels * most_rows * width if len(unit_blocks) > 1 else 0,
+    )
 
 
 def _address(tensor: Tensor, num_elements: int) -> int:

@@ -293,11 +293,18 @@ class Team:
             packed = struct.pack(f"{len(words)}q", *words)
             self._launch_one(calls[0].kernel, packed, self.num_threads)
             return
-        ops = OpList(self) if record is None else record
+        if record is not None:
+            for call in calls:
+                record.add(call)
+            return
+        words = [word for call in calls for word in call.words]
+        room = (ctypes.c_int64 * len(words))(*words)
+        at = ctypes.addressof(room)
+        ops: list[int] = []
         for call in calls:
-            ops.add(call)
-        if record is None:
-            ops.run()
+            ops += (call.kernel, at)
+            at += 8 * len(call.words)
+        self.launch(struct.pack(f"{len(ops)}q", *ops), len(calls))
 
     @contextmanager
     def recording(self) -> Iterator[OpList]:
