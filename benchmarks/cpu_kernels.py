@@ -48,28 +48,65 @@ class Contest:
     """Read at least once by one call."""
 
 
-def linear_contests(dtype: str, rows: list[int]) -> list[Contest]:
-    """The products of the 110 M shape, through `LinearWeight` and through torch."""
+LINEAR_SHAPES = {
+    "110 M": {"qkv": (2304, 768), "out": (768, 768), "gate-up": (4096, 768), "down": (768, 2048)},
+    "embedded": {"qkv": (512, 256), "out": (256, 256), "gate-up": (1536, 256), "down": (256, 768)},
+}
+"""[N, K] of the products of each model."""
+MAX_FLOP = 4e9
+"""Of one repeat; it bounds how many distinct weights a repeat goes through."""
+
+
+def linear_contests(dtype: str, rows: list[int], models: list[str]) -> list[Contest]:
+    """Every product of each model, forward and gradient, beside torch and oneDNN.
+
+    oneDNN's side multiplies with a copy of the weight in its own blocked order, made beforehand.
+    """
     found: list[Contest] = []
-    for name, n, k in (("qkv", 2304, 768), ("down", 768, 2048)):
-        count = max(2, int(WEIGHTS_BYTES / (n * k * DTYPES[dtype].itemsize)))
-        weights = [torch.randn(n, k).to(DTYPES[dtype]) for _ in range(count)]
-        for m in rows:
-            used = weights if m <= 64 else weights[:2]
-            x = torch.randn(m, k).to(DTYPES[dtype])
-            layers = [make_linear(weight) for weight in used]
-            found.append(
-                Contest(
-                    claim=f"linear {name} {k}->{n}, {m} rows",
-                    dtype=dtype,
-                    ours=lambda x=x, layers=layers: [layer.forward(x) for layer in layers],
-                    peer=lambda x=x, used=used: [F.linear(x, weight) for weight in used],
-                    num_calls=len(used),
-                    flop=2.0 * m * n * k,
-                    num_bytes=n * k * x.element_size(),
-                )
-            )
+    for model in models:
+        for name, (n, k) in LINEAR_SHAPES[model].items():
+            kind = DTYPES[dtype]
+            count = max(2, min(40, int(WEIGHTS_BYTES / (n * k * kind.itemsize))))
+            weights = [torch.randn(n, k).to(kind) for _ in range(count)]
+            for m in rows:
+                used = weights[: max(2, min(count, int(MAX_FLOP / (2 * m * n * k))))]
+                found += _product_contests(f"{model} {name} {k}->{n}, {m} rows", dtype, m, used)
     return found
+
+
+def _product_contests(claim: str, dtype: str, m: int, used: list[Tensor]) -> list[Contest]:
+    n, k = used[0].shape
+    x, dy = (torch.randn(m, size).to(DTYPES[dtype]) for size in (k, n))
+    layers = [make_linear(weight) for weight in used]
+    sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "forward beside torch": (
+            lambda: [layer.forward(x) for layer in layers],
+            lambda: [F.linear(x, weight) for weight in used],
+        ),
+        "gradient beside torch": (
+            lambda: [layer.grad_input(dy) for layer in layers],
+            lambda: [dy @ weight for weight in used],
+        ),
+    }
+    if torch.backends.mkldnn.is_available():
+        blocked = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in used]
+        product = torch.ops.mkldnn._linear_pointwise
+        sides["forward beside oneDNN"] = (
+            sides["forward beside torch"][0],
+            lambda: [product(x, weight, None, "none", [], "") for weight in blocked],
+        )
+    return [
+        Contest(
+            claim=f"{claim}, {side}",
+            dtype=dtype,
+            ours=ours,
+            peer=peer,
+            num_calls=len(used),
+            flop=2.0 * m * n * k,
+            num_bytes=n * k * x.element_size(),
+        )
+        for side, (ours, peer) in sides.items()
+    ]
 
 
 def gated_contest(dtype: str, num_rows: int) -> Contest:
@@ -267,6 +304,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,256")
+    parser.add_argument("--models", default="110 M,embedded", help="whose products")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--linears-only", action="store_true")
     parser.add_argument("--json", type=Path, help="a file, or - for stdout")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -276,14 +316,17 @@ def main() -> None:
     wide = AttentionShape(num_heads=12, num_kv_heads=12, head_dim=64, norm_eps=1e-5)
     with torch.inference_mode():
         contests: list[Contest] = []
-        for dtype in DTYPES:
-            contests += linear_contests(dtype, num_rows)
+        for dtype in options.dtypes.split(","):
+            contests += linear_contests(dtype, num_rows, options.models.split(","))
+            if options.linears_only:
+                continue
             contests += [gated_contest(dtype, count) for count in num_rows if count in (1, 8, 32)]
             for shape in (small, wide):
                 contests += [Attention(dtype, shape, n, 256).contest for n in (1, 32)]
             contests.append(Attention(dtype, wide, 0, 1024).contest)
             contests.append(norm_contest(dtype))
-        contests.append(replay_contest())
+        if not options.linears_only:
+            contests.append(replay_contest())
         rows, limits = run(contests, options.rounds, options.repeats)
     machine = describe_machine() | {"threads": str(options.threads)}
     print(" · ".join(f"{key} {value}" for key, value in machine.items()))
