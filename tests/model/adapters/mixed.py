@@ -20,11 +20,14 @@ PROMPTS = ([5, 9, 2, 44], [7], [8, 8, 31, 60, 2, 17, 90], [3, 4], [11, 12, 13])
 
 
 def run_mixed(
-    context: DeviceContext, adapters: Sequence[AdapterWeights | None], **kwargs: Any
+    context: DeviceContext,
+    adapters: Sequence[AdapterWeights | None],
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    **kwargs: Any,
 ) -> list[Tensor]:
     """Logits of each prompt's tokens, all in one iteration, prompt i through adapters[i]."""
     made = HandMade(context, max_num_seqs=len(adapters))
-    batch = made.batch([Row(slot=i, tokens=PROMPTS[i]) for i in range(len(adapters))])
+    batch = made.batch([Row(slot=i, tokens=prompts[i]) for i in range(len(adapters))])
     starts = batch.row_starts.tolist()
     groups = tuple(
         BypassGroup(rows=slice(starts[i], starts[i + 1]), adapter=adapter)
