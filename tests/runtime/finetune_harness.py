@@ -1,7 +1,7 @@
 """Finetuning by hand-made batches: any windows, beside any inference rows; and the reference.
 
 Weights go in as an adapter directory and come out of a checkpoint; gradients are what a step of
-plain gradient descent at rate 1 subtracts.
+plain gradient descent subtracts, at a rate so large that the weights' own rounding does not show.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from weft.runtime.torch_executor import TorchExecutor
 
 NUM_SEQS = 3
 NUM_SAMPLES = 3
+RATE = 2.0**20
 PLAIN_DESCENT = OptimizerSpec(name=OptimizerName.SGD, lr=1.0)
 
 
@@ -210,7 +211,7 @@ class FinetuneHand:
                 span = Span(sample=sample, begin=begin, end=end, layers=(0, num_layers))
                 self.run(backward=[span])
 
-    def step(self, step: int = 0, lr: float = 1.0, job_id: str = "job") -> FinetuneOutcome:
+    def step(self, step: int = 0, lr: float = RATE, job_id: str = "job") -> FinetuneOutcome:
         """An optimizer step."""
         self.run(steps=(OptimizerStep(job_id=job_id, step=step, lr=lr),))
         return self.outcomes[-1]
@@ -349,6 +350,13 @@ def _masks(spec: AdapterSpec, sample: Sample, seed: int) -> reference.Masks:
         )
 
     return masks
+
+
+def gradients(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], lr: float = RATE
+) -> dict[str, Tensor]:
+    """What a step of plain descent was taken along."""
+    return {key: (before[key] - after[key]) / lr for key in before}
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
