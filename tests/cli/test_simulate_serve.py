@@ -197,3 +197,38 @@ def test_the_guides_python_example_runs(
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["32", "64", "128"]
+
+
+def test_a_job_shares_the_iterations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--trace", azure(tmp_path), "--model", "110m", *CARD, "--finetune-tokens", "128"]
+    trace = tmp_path / "trace.json"
+    found = {
+        name: results(capsys, *base, "--finetune", name, *more)
+        for name, more in {
+            "coserve": ["--max-iteration-ms", "20", "--trace-out", str(trace)],
+            "budget": ["--budget-tokens", "64", "--budget-layers", "2"],
+            "temporal": ["--temporal-iterations", "0"],
+            "inference-only": [],
+        }.items()
+    }
+    assert "finetune_tokens_per_s" not in found["inference-only"]
+    for name in ("coserve", "budget", "temporal"):
+        assert found[name]["finetune_tokens_per_s"] > 0
+        assert found[name]["num_finetune_steps"] > 0
+        assert (
+            found[name]["num_generated_tokens"] == found["inference-only"]["num_generated_tokens"]
+        )
+    names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert any("backward" in name for name in names)
+
+
+def test_finetuning_options_that_would_set_nothing_are_refused() -> None:
+    base = ["--rate", "5", "--num-requests", "2", "--model", "110m", *CARD]
+    for options, message in [
+        (["--budget-layers", "3"], "there is no --finetune"),
+        (["--finetune", "temporal", "--budget-layers", "3"], "not with --finetune temporal"),
+        (["--finetune", "coserve", "--finetune-tokens", "1"], "at least 2"),
+        (["--finetune", "coserve", "--slo-tpot-s", "1"], "both objectives"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            main([*base, *options])

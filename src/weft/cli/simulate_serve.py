@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.table import Table
 
@@ -15,6 +16,10 @@ from weft.cluster.device import Link
 from weft.cluster.device_types import DEVICE_TYPES
 from weft.cost.fitted_step_time import StepTimeProfile
 from weft.cost.shapes import load_shape
+from weft.engine.finetune import FinetuneJobSpec, TrainingSample
+from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy, LatencySlo
+from weft.graph.adapter_spec import AdapterSpec
+from weft.sim.serving import CoServed
 from weft.sim.serving_report import ServingReport
 from weft.sim.serving_setup import (
     ServingLimits,
@@ -92,6 +97,32 @@ def simulate_serve(
     enable_prefix_caching: Annotated[bool, typer.Option(help="Share equal prompt starts")] = True,
     slo_ttft_s: Annotated[float | None, typer.Option(help="Report the share within both")] = None,
     slo_tpot_s: Annotated[float | None, typer.Option(help="Report the share within both")] = None,
+    finetune: Annotated[
+        FinetunePolicy | None,
+        typer.Option(help="Run a finetuning job beside the requests, sharing iterations so"),
+    ] = None,
+    finetune_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each of its samples (default 512)")
+    ] = None,
+    finetune_batch_size: Annotated[
+        int | None, typer.Option(help="Samples of an optimizer step (default 1)")
+    ] = None,
+    finetune_min_share: Annotated[
+        float | None, typer.Option(help="coserve: least share of the time (default 0)")
+    ] = None,
+    max_iteration_ms: Annotated[
+        float | None, typer.Option(help="coserve: longest iteration with finetuning (default 100)")
+    ] = None,
+    temporal_iterations: Annotated[
+        int | None,
+        typer.Option(help="temporal: inference iterations between samples; 0 adapts (default 64)"),
+    ] = None,
+    budget_tokens: Annotated[
+        int | None, typer.Option(help="budget: tokens of an iteration (default 256)")
+    ] = None,
+    budget_layers: Annotated[
+        int | None, typer.Option(help="budget: backward layers of an iteration (default 1)")
+    ] = None,
     trace_out: Annotated[Path | None, typer.Option(help="Write a Perfetto trace")] = None,
     requests_out: Annotated[Path | None, typer.Option(help="Write a CSV line a request")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
@@ -127,7 +158,17 @@ def simulate_serve(
     }
     given = {name: value for name, value in roofline.items() if value is not None}
     setup = _setup(model, profile, given, limits)
-    report = setup.run(workload)
+    settings = {
+        "finetune_tokens": finetune_tokens,
+        "finetune_batch_size": finetune_batch_size,
+        "finetune_min_share": finetune_min_share,
+        "max_iteration_ms": max_iteration_ms,
+        "temporal_iterations": temporal_iterations,
+        "budget_tokens": budget_tokens,
+        "budget_layers": budget_layers,
+    }
+    co_served = _co_served(finetune, settings, slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s)
+    report = setup.run(workload, co_served)
     summary = _summary(report, setup, workload, slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s)
     if trace_out is not None:
         report.trace().write(trace_out)
@@ -227,6 +268,61 @@ def _scaled(
     )
 
 
+_OPTIONS_OF = {
+    FinetunePolicy.COSERVE: ("finetune_min_share", "max_iteration_ms"),
+    FinetunePolicy.TEMPORAL: ("temporal_iterations",),
+    FinetunePolicy.BUDGET: ("budget_tokens", "budget_layers"),
+}
+"""What only one way of sharing understands."""
+_MOST_SAMPLES = 100_000
+
+
+def _co_served(
+    policy: FinetunePolicy | None,
+    settings: dict[str, Any],
+    *,
+    slo_ttft_s: float | None,
+    slo_tpot_s: float | None,
+) -> CoServed | None:
+    """A job that outlasts the requests, and how it shares their iterations."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    own = ("finetune_tokens", "finetune_batch_size")
+    known = () if policy is None else (*own, *_OPTIONS_OF.get(policy, ()))
+    ignored = ["--" + name.replace("_", "-") for name in given if name not in known]
+    if ignored:
+        raise ConfigError(
+            f"{', '.join(ignored)} would set nothing: "
+            + ("there is no --finetune" if policy is None else f"not with --finetune {policy}")
+        )
+    if policy is None:
+        return None
+    num_tokens = given.pop("finetune_tokens", 512)
+    if num_tokens < 2:
+        raise ConfigError(f"--finetune-tokens is {num_tokens}; a sample needs at least 2")
+    sample = TrainingSample(
+        token_ids=np.ones(num_tokens, np.int32), label_weights=np.ones(num_tokens, np.float32)
+    )
+    job = FinetuneJobSpec(
+        id="job",
+        adapter=AdapterSpec(),
+        samples=(sample,) * _MOST_SAMPLES,
+        batch_size=given.pop("finetune_batch_size", 1),
+        shuffles=False,
+    )
+    if "finetune_min_share" in given:
+        given["min_share"] = given.pop("finetune_min_share")
+    if "max_iteration_ms" in given:
+        given["max_iteration_s"] = given.pop("max_iteration_ms") / 1e3
+    if "temporal_iterations" in given:
+        given["temporal_iterations"] = given["temporal_iterations"] or None
+    slo = None
+    if slo_ttft_s is not None and slo_tpot_s is not None:
+        slo = LatencySlo(tpot_s=slo_tpot_s, ttft_s=slo_ttft_s, ttft_prefills=0.0)
+    elif slo_ttft_s is not None or slo_tpot_s is not None:
+        raise ConfigError("--finetune needs both objectives: give --slo-ttft-s and --slo-tpot-s")
+    return CoServed(config=FinetuneConfig(policy=policy, slo=slo, **given), jobs=(job,))
+
+
 def _range(text: str | None) -> LengthRange | None:
     if text is None:
         return None
@@ -295,6 +391,11 @@ def _print(summary: dict[str, Any]) -> None:
         )
         if summary[key]
     ]
+    if "finetune_tokens_per_s" in summary:
+        rows += [
+            ("finetuning tokens/s", f"{summary['finetune_tokens_per_s']:,.1f}"),
+            ("optimizer steps", f"{summary['num_finetune_steps']:,}"),
+        ]
     if "slo_attainment" in summary:
         rows.append(("within the SLO", f"{summary['slo_attainment']:.1%}"))
     for row in rows:

@@ -42,9 +42,9 @@ class LeastRoom:
 
 @dataclass(kw_only=True, slots=True)
 class CountedRoom:
-    """So many tokens forward, and so many layers of whole samples backward.
+    """So many tokens forward, or so many layers of whole samples backward.
 
-    (FlexLLM as shipped: sheet §4.2.)
+    An iteration does one or the other. (FlexLLM as shipped: sheet §4.2.)
     """
 
     num_tokens: int
@@ -54,6 +54,8 @@ class CountedRoom:
         """What is left of the tokens."""
         count = min(self.num_tokens, sample.num_forward_left)
         self.num_tokens -= count
+        if count:
+            self.num_layers = 0
         return count
 
     def backward(self, sample: ActiveSample, cursor: BackwardCursor) -> _Backward:
@@ -61,6 +63,8 @@ class CountedRoom:
         spans, behind = cursor.take(self.num_layers * sample.num_tokens)
         done = sum(span.num_token_layers for span in spans)
         self.num_layers -= -(-done // sample.num_tokens)
+        if spans:
+            self.num_tokens = 0
         return spans, behind
 
     def step(self) -> bool:

@@ -165,9 +165,10 @@ class ServingReport:
         busy_s = sum(iteration.end_s - iteration.start_s for iteration in self.iterations)
         return busy_s / self.duration_s if self.duration_s else 0.0
 
-    def attainment(self, *, ttft_s: float, tpot_s: float) -> float:
+    def attainment(self, *, ttft_s: float | Float64, tpot_s: float) -> float:
         """Share of all requests, rejected ones included, that kept both limits.
 
+        `ttft_s` may be one limit a request.
         A request of one token has no TPOT and keeps that limit.
         """
         if not len(self.requests.arrival_s):

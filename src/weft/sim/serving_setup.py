@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from weft.base.errors import ConfigError
@@ -14,12 +14,13 @@ from weft.cost.step_time import RooflineStepTime, StepTimeModel, kv_capacity_byt
 from weft.engine.batch import CacheGroup, ExecutorInfo
 from weft.engine.config import PolicyConfig
 from weft.sim.batch_executor import arena_info
-from weft.sim.serving import simulate_serving
+from weft.sim.serving import CoServed, simulate_serving
 from weft.sim.serving_report import ServingReport
 from weft.sim.workload import Workload
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+DEFAULT_MAX_FINETUNE_SAMPLES = 4
 _LONGEST = 2**31 - 1
 """Tokens; positions are 32-bit."""
 
@@ -49,14 +50,22 @@ class ServingSetup:
     origin: Mapping[str, Any]
     """Where the step times come from, for reports."""
 
-    def run(self, workload: Workload) -> ServingReport:
-        """Serve `workload` under the virtual clock."""
+    def run(self, workload: Workload, finetune: CoServed | None = None) -> ServingReport:
+        """Serve `workload` under the virtual clock, and finetune beside it.
+
+        Raises:
+            OutOfMemoryError: a job's longest sample finds no pages beside the longest request.
+        """
+        info = self.info
+        if finetune is not None and info.max_finetune_samples < 1:
+            info = replace(info, max_finetune_samples=DEFAULT_MAX_FINETUNE_SAMPLES)
         return simulate_serving(
             workload,
             step_time=self.step_time,
-            info=self.info,
+            info=info,
             config=self.config,
             max_in_flight=self.max_in_flight,
+            finetune=finetune,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -158,6 +167,7 @@ def setup_from_profile(
         num_layers=info.num_layers,
         vocab_size=info.vocab_size,
         max_num_seqs=_chosen(limits.max_num_seqs, None, info.max_num_seqs, "max_num_seqs"),
+        max_finetune_samples=info.max_finetune_samples,
     )
     residuals = profile.device_fit.residuals
     origin = {

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/coserve.py`: one module for each group of claims."""
