@@ -195,10 +195,13 @@ def results(talked: list[Client], duration_s: float) -> Table:
     return table
 
 
-def start_server(data_dir: Path, console: Console) -> tuple[subprocess.Popen[str], str]:
+def start_server(
+    data_dir: Path, console: Console, *options: str
+) -> tuple[subprocess.Popen[str], str]:
     """Start `weft serve` on a free port; returns the process and its URL."""
+    command = [sys.executable, "-m", "weft", "serve", "--port", "0", "--data-dir", str(data_dir)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "weft", "serve", "--port", "0", "--data-dir", str(data_dir)],
+        [*command, *options],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -69,6 +69,8 @@ class ExecutorConfig:
     num_threads: int | None = None
     """CPU threads; None leaves torch's choice, which OMP_NUM_THREADS sets."""
     tensor_parallel_size: int = 1
+    max_finetune_samples: int = 0
+    """Samples of finetuning jobs that may be in flight at once; 0 leaves jobs out."""
 
     def __post_init__(self) -> None:
         for name, lowest in _LOWEST.items():
@@ -145,7 +147,11 @@ def build_executor(config: ExecutorConfig) -> BuiltModel:
         device=device,
     )
     return BuiltModel(
-        executor=TorchExecutor(context, max_num_seqs=resolved.max_num_seqs),
+        executor=TorchExecutor(
+            context,
+            max_num_seqs=resolved.max_num_seqs,
+            max_finetune_samples=config.max_finetune_samples,
+        ),
         context=context,
         config=model_config,
         tokenizer=tokenizer,

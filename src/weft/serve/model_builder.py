@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from weft.base.errors import ConfigError
+from weft.cost.finetune_memory import FinetuneSetting, finetune_bytes
+from weft.cost.shapes import ModelShape, load_shape
+from weft.engine.finetune import BackwardOrder, FinetuneJobSpec, OptimizerName
+from weft.engine.finetune_limits import FinetuneMemory
 from weft.runtime.build import ExecutorConfig, build_executor
+from weft.runtime.memory import free_memory_bytes
 from weft.serve.engine_config import EngineConfig
 from weft.serve.engine_core import BuiltExecutor
+
+MAX_FINETUNE_SAMPLES = 8
+"""In flight at once, over all jobs; short samples of one step share iterations."""
+_MAX_KNOWN = 4096
+_FREE_SHARE = 0.5
+"""Of the memory that is free once the cache stands: what jobs get where nothing is said."""
 
 
 def build(config: EngineConfig) -> BuiltExecutor:
@@ -19,9 +31,21 @@ def build(config: EngineConfig) -> BuiltExecutor:
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             num_threads=config.num_threads,
+            max_finetune_samples=MAX_FINETUNE_SAMPLES,
         )
     )
     resolved = built.resolved
+    cache_bytes = resolved.kv_cache_memory_bytes
+    if config.memory_budget_bytes is None:
+        budget_bytes = int(_FREE_SHARE * free_memory_bytes(resolved.device))
+    else:
+        budget_bytes = config.memory_budget_bytes - cache_bytes
+        if budget_bytes < 0:
+            built.executor.close()
+            raise ConfigError(
+                f"memory_budget is {config.memory_budget_bytes} bytes, less than the KV cache "
+                f"within it, {cache_bytes} bytes: raise it, or lower kv_cache_memory_bytes"
+            )
     return BuiltExecutor(
         executor=built.executor,
         model_path=str(resolved.model_path),
@@ -31,4 +55,45 @@ def build(config: EngineConfig) -> BuiltExecutor:
         dtype=str(resolved.dtype).removeprefix("torch."),
         device=str(resolved.device),
         sampling_defaults=dict(built.generation.sampling),
+        finetune_memory=finetune_memory(
+            load_shape(str(resolved.model_path)),
+            dtype=str(resolved.dtype).removeprefix("torch."),
+            qk_norm=built.config.qk_norm,
+            budget_bytes=budget_bytes,
+        ),
     )
+
+
+def finetune_memory(
+    shape: ModelShape, *, dtype: str, qk_norm: bool, budget_bytes: int
+) -> FinetuneMemory:
+    """What jobs may take, and what each takes; keys and values are pages of the cache."""
+
+    def setting(spec: FinetuneJobSpec, num_tokens: int) -> FinetuneSetting:
+        return FinetuneSetting(
+            dtype=dtype,
+            seq_len=num_tokens,
+            remat=spec.remat,
+            qk_norm=qk_norm,
+            optimizer_values=2 if spec.optimizer.name is OptimizerName.ADAMW else 1,
+            is_window_major=spec.backward_order is BackwardOrder.WINDOW_MAJOR,
+        )
+
+    def job_bytes(spec: FinetuneJobSpec) -> int:
+        found = finetune_bytes(shape, spec.adapter, setting(spec, 1))
+        return found.adapter + found.gradients + found.optimizer
+
+    known: dict[tuple[str, int], int] = {}
+
+    def sample_bytes(spec: FinetuneJobSpec, num_tokens: int) -> int:
+        key = (spec.id, num_tokens)
+        if key not in known:
+            if len(known) >= _MAX_KNOWN:
+                known.clear()
+            found = finetune_bytes(shape, spec.adapter, setting(spec, num_tokens))
+            known[key] = (
+                found.activations + found.accumulators + found.hidden_gradients + found.workspace
+            )
+        return known[key]
+
+    return FinetuneMemory(budget_bytes=budget_bytes, job_bytes=job_bytes, sample_bytes=sample_bytes)
