@@ -127,7 +127,11 @@ class BottleneckSolver:
         seconds = self.candidates.time_per_sample_s
         devices = np.full((len(seconds) + 1, self.max_depth + 1), NONE, dtype=np.int32)
         sizes = np.where(self._seconds <= bound_s, self._sizes[:, None], np.int32(NONE))
-        devices[self._unlimited] = sizes.min(axis=0, initial=NONE)[:, None]
+        least = sizes.min(axis=0, initial=NONE)[:, None]
+        if not len(self._limited):
+            devices[:-1] = least
+        else:
+            devices[self._unlimited] = least
         counts = np.arange(self.max_depth + 1)
         for column in self._order[::-1]:
             prices = seconds[self._limited, column]

@@ -19,7 +19,7 @@ from weft.cluster.cluster import Cluster
 from weft.cluster.device import DeviceType, Link
 from weft.cost.model import CostModel, Parallel
 from weft.cost.training import TrainingSpec
-from weft.graph.graph import Graph, Op
+from weft.graph.graph import Edge, Graph, Op
 from weft.plan.train_plan import PlanError
 
 UNLIMITED = 1 << 30
@@ -249,8 +249,8 @@ class CostTable:
         return frozenset(name for name, users in self._users.items() if len(users) > 1)
 
     @cached_property
-    def _edges(self) -> _EdgeMatrices:
-        return _EdgeMatrices.of(self.graph)
+    def _outgoing(self) -> tuple[_Outgoing, ...]:
+        return _Outgoing.of(self.graph)
 
     def features(self, member: NDArray[np.bool_]) -> StageFeatures:
         """Features of stages given as rows of operator membership, shape (stages, operators)."""
@@ -264,24 +264,28 @@ class CostTable:
 
     def _features(self, member: NDArray[np.bool_]) -> StageFeatures:
         inside = member.astype(np.float64)
-        outside = 1.0 - inside
         own_state, own_gradient = self._own_bytes
         state, gradient = inside @ own_state, inside @ own_gradient
-        for parameter_id, users in self._users.items():
-            if len(users) > 1:
-                parameter = self.graph.parameter_by_id[parameter_id]
-                used = member[:, users].any(axis=1)
-                state += used * self.training.state_bytes(parameter)
-                gradient += used * self.training.gradient_bytes(parameter)
-        edges = self._edges
-        incoming = np.minimum(inside @ edges.forward.T, edges.cap) * outside
-        input_bytes = incoming.sum(axis=1)
-        boundary = input_bytes + (np.minimum(outside @ edges.forward.T, edges.cap) * inside).sum(1)
-        boundary += (np.minimum(inside @ edges.backward.T, edges.cap) * outside).sum(axis=1)
-        boundary += (np.minimum(outside @ edges.backward.T, edges.cap) * inside).sum(axis=1)
+        for parameter_id in self.shared_parameters:
+            users = self._users[parameter_id]
+            parameter = self.graph.parameter_by_id[parameter_id]
+            used = member[:, users].any(axis=1)
+            state += used * self.training.state_bytes(parameter)
+            gradient += used * self.training.gradient_bytes(parameter)
         saved = inside @ np.array([op.saved_bytes for op in self.graph.ops], dtype=np.float64)
-        if edges.saved.any():
-            saved += ((inside @ edges.saved.T) * outside).sum(axis=1)
+        input_bytes, boundary = np.zeros(len(member)), np.zeros(len(member))
+        by_op = np.ascontiguousarray(inside.T)
+        for source, out in enumerate(self._outgoing):
+            if not len(out.targets):
+                continue
+            here, away = by_op[source], 1.0 - by_op[source]
+            read, kept = by_op[out.targets], 1.0 - by_op[out.targets]
+            arriving = np.minimum(out.forward @ read, out.cap) * away
+            input_bytes += arriving
+            boundary += arriving + np.minimum(out.forward @ kept, out.cap) * here
+            boundary += np.minimum(out.backward @ read, out.cap) * away
+            boundary += np.minimum(out.backward @ kept, out.cap) * here
+            saved += (out.saved @ read) * away
         return StageFeatures(
             state_bytes=state,
             gradient_bytes=gradient,
@@ -390,27 +394,32 @@ class StageTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _EdgeMatrices:
-    """Bytes per sample from operator (row) to operator (column)."""
+class _Outgoing:
+    """Bytes per sample from one operator to each of those that read it."""
 
+    targets: NDArray[np.int64]
     forward: NDArray[np.float64]
     backward: NDArray[np.float64]
     saved: NDArray[np.float64]
-    cap: NDArray[np.float64]
-    """Distinct output bytes of each operator: what several readers get together at most."""
+    cap: float
+    """Distinct output bytes: what several readers get together at most."""
 
     @classmethod
-    def of(cls, graph: Graph) -> _EdgeMatrices:
-        n = len(graph.ops)
-        forward, backward, saved = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n))
+    def of(cls, graph: Graph) -> tuple[_Outgoing, ...]:
+        """One for every operator."""
+        edges: list[list[Edge]] = [[] for _ in graph.ops]
         for edge in graph.edges:
-            i, j = graph.op_index[edge.source], graph.op_index[edge.target]
-            forward[i, j] = edge.bytes_per_sample
-            backward[i, j] = edge.bytes_per_sample if edge.needs_grad else 0
-            saved[i, j] = edge.saved_bytes
-        outputs = np.array([op.output_bytes for op in graph.ops], dtype=np.float64)
-        cap = np.maximum(outputs, forward.max(axis=1, initial=0.0))
-        return cls(forward=forward, backward=backward, saved=saved, cap=cap)
+            edges[graph.op_index[edge.source]].append(edge)
+        return tuple(
+            cls(
+                targets=np.array([graph.op_index[e.target] for e in row], dtype=np.int64),
+                forward=np.array([float(e.bytes_per_sample) for e in row]),
+                backward=np.array([float(e.bytes_per_sample) * e.needs_grad for e in row]),
+                saved=np.array([float(e.saved_bytes) for e in row]),
+                cap=float(max(op.output_bytes, *(e.bytes_per_sample for e in row), 0)),
+            )
+            for op, row in zip(graph.ops, edges, strict=True)
+        )
 
 
 def distinct_bytes(graph: Graph, source: str, edge_bytes: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from weft.plan.assemble import StageChoice, assemble
 from weft.plan.choose import choose, finished, fits_memory
-from weft.plan.cost_table import UNLIMITED, Variant
+from weft.plan.cost_table import Variant
 from weft.plan.infeasible import explain_infeasible
 from weft.plan.problem import Problem, out_of_time
 from weft.plan.search import BottleneckSearch
@@ -113,12 +113,10 @@ class _Hierarchy:
     def _price(self, dp: int, recompute: bool) -> NDArray[np.float64]:
         key = (dp, recompute)
         if key not in self._prices:
-            variant = Variant(dp=dp, recompute=recompute)
-            stages = self.search.stages
-            found = stages.candidates(self.micro_batch, [variant], self.problem.k)
-            self.problem.effort.num_candidates += len(stages)
-            limit = np.minimum(found.max_in_flight[:, 0], UNLIMITED)
-            seconds = np.where(limit >= self.assumed, found.time_per_sample_s[:, 0], np.inf)
+            found = self.search.solver(self.micro_batch).candidates
+            column = found.variants.index(Variant(dp=dp, recompute=recompute))
+            fits = found.max_in_flight[:, column] >= self.assumed
+            seconds = np.where(fits, found.time_per_sample_s[:, column], np.inf)
             table = np.append(seconds, np.inf)
             self._prices[key] = table[self.stage]
         return self._prices[key]

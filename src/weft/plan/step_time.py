@@ -41,7 +41,7 @@ LIKELY_SLACK = 1.1
 MAX_PIPER_STATES = 20_000_000
 """States of Piper's search, all micro-batch sizes together, up to which its plan is one too."""
 
-SMALL_DOWNSETS = 4000
+SMALL_DOWNSETS = 1000
 """Downsets up to which those states are counted."""
 
 
