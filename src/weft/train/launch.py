@@ -113,11 +113,14 @@ def process_group(device: str, timeout_s: float) -> Generator[int]:
     """torch.distributed for a rank that torchrun started; yields the rank."""
     from datetime import timedelta
 
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     backend = "nccl" if device.startswith("cuda") else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    store, rank, num_ranks = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, rank, num_ranks = next(iter(rendezvous("env://", timeout=timeout)))
     # A restarted rank must not find the address of a dead one in the agent's store.
-    store = dist.PrefixStore(f"weft-{_attempt()}", store)
+    store = PrefixStore(f"weft-{_attempt()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     try:
         yield dist.get_rank()
