@@ -19,7 +19,7 @@ from weft.cluster.cluster import Cluster
 from weft.cluster.device import DeviceType, Link
 from weft.cost.model import CostModel, Parallel
 from weft.cost.training import TrainingSpec
-from weft.graph.graph import Edge, Graph, Op
+from weft.graph.graph import Graph, Op
 from weft.plan.train_plan import PlanError
 
 UNLIMITED = 1 << 30
@@ -249,8 +249,8 @@ class CostTable:
         return frozenset(name for name, users in self._users.items() if len(users) > 1)
 
     @cached_property
-    def _outgoing(self) -> tuple[_Outgoing, ...]:
-        return _Outgoing.of(self.graph)
+    def _edges(self) -> _Edges:
+        return _Edges.of(self.graph)
 
     def features(self, member: NDArray[np.bool_]) -> StageFeatures:
         """Features of stages given as rows of operator membership, shape (stages, operators)."""
@@ -273,25 +273,24 @@ class CostTable:
             state += used * self.training.state_bytes(parameter)
             gradient += used * self.training.gradient_bytes(parameter)
         saved = inside @ np.array([op.saved_bytes for op in self.graph.ops], dtype=np.float64)
-        input_bytes, boundary = np.zeros(len(member)), np.zeros(len(member))
-        by_op = np.ascontiguousarray(inside.T)
-        for source, out in enumerate(self._outgoing):
-            if not len(out.targets):
-                continue
-            here, away = by_op[source], 1.0 - by_op[source]
-            read, kept = by_op[out.targets], 1.0 - by_op[out.targets]
-            arriving = np.minimum(out.forward @ read, out.cap) * away
-            input_bytes += arriving
-            boundary += arriving + np.minimum(out.forward @ kept, out.cap) * here
-            boundary += np.minimum(out.backward @ read, out.cap) * away
-            boundary += np.minimum(out.backward @ kept, out.cap) * here
-            saved += (out.saved @ read) * away
+        edges = self._edges
+        read = np.ascontiguousarray(inside.T)[edges.target]
+        here = inside.T[edges.source]
+        away = 1.0 - here
+        forward = edges.by_source(edges.forward, read)
+        backward = edges.by_source(edges.backward, read)
+        arriving = np.minimum(forward.read, edges.cap) * away
+        boundary = arriving + np.minimum(forward.kept, edges.cap) * here
+        boundary += np.minimum(backward.read, edges.cap) * away
+        boundary += np.minimum(backward.kept, edges.cap) * here
+        if edges.saved.any():
+            saved += (edges.by_source(edges.saved, read).read * away).sum(axis=0)
         return StageFeatures(
             state_bytes=state,
             gradient_bytes=gradient,
             saved_bytes=saved,
-            input_bytes=input_bytes,
-            boundary_bytes=boundary,
+            input_bytes=arriving.sum(axis=0),
+            boundary_bytes=boundary.sum(axis=0),
         )
 
 
@@ -394,32 +393,54 @@ class StageTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Outgoing:
-    """Bytes per sample from one operator to each of those that read it."""
+class _BySource:
+    """Bytes per sample of each source that stages read, and that others read, (sources, stages)."""
 
-    targets: NDArray[np.int64]
+    read: NDArray[np.float64]
+    kept: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Edges:
+    """Edges sorted by source: bytes per sample, shape (edges, 1).
+
+    `source` lists each operator with readers once, with `first` its first edge and `cap` its
+    distinct output bytes, what several readers get together at most, shape (sources, 1).
+    """
+
+    target: NDArray[np.int64]
     forward: NDArray[np.float64]
     backward: NDArray[np.float64]
     saved: NDArray[np.float64]
-    cap: float
-    """Distinct output bytes: what several readers get together at most."""
+    source: NDArray[np.int64]
+    first: NDArray[np.int64]
+    cap: NDArray[np.float64]
 
     @classmethod
-    def of(cls, graph: Graph) -> tuple[_Outgoing, ...]:
-        """One for every operator."""
-        edges: list[list[Edge]] = [[] for _ in graph.ops]
-        for edge in graph.edges:
-            edges[graph.op_index[edge.source]].append(edge)
-        return tuple(
-            cls(
-                targets=np.array([graph.op_index[e.target] for e in row], dtype=np.int64),
-                forward=np.array([float(e.bytes_per_sample) for e in row]),
-                backward=np.array([float(e.bytes_per_sample) * e.needs_grad for e in row]),
-                saved=np.array([float(e.saved_bytes) for e in row]),
-                cap=float(max(op.output_bytes, *(e.bytes_per_sample for e in row), 0)),
-            )
-            for op, row in zip(graph.ops, edges, strict=True)
+    def of(cls, graph: Graph) -> _Edges:
+        edges = sorted(graph.edges, key=lambda edge: graph.op_index[edge.source])
+        by_edge = np.array([graph.op_index[edge.source] for edge in edges], dtype=np.int64)
+        source, first = np.unique(by_edge, return_index=True)
+        forward = np.array([float(edge.bytes_per_sample) for edge in edges])
+        outputs = np.array([float(op.output_bytes) for op in graph.ops])
+        np.maximum.at(outputs, by_edge, forward)
+        return cls(
+            target=np.array([graph.op_index[edge.target] for edge in edges], dtype=np.int64),
+            forward=forward[:, None],
+            backward=np.array([float(e.bytes_per_sample) * e.needs_grad for e in edges])[:, None],
+            saved=np.array([float(edge.saved_bytes) for edge in edges])[:, None],
+            source=source,
+            first=first,
+            cap=outputs[source][:, None],
         )
+
+    def by_source(self, num_bytes: NDArray[np.float64], read: NDArray[np.float64]) -> _BySource:
+        """Bytes of each source's edges to where `read` is 1, and to where it is 0."""
+        if not len(self.first):
+            return _BySource(read=np.zeros((0, read.shape[1])), kept=np.zeros((0, read.shape[1])))
+        here = np.add.reduceat(num_bytes * read, self.first, axis=0)
+        # Whole numbers below 2^53: differences are exact.
+        return _BySource(read=here, kept=np.add.reduceat(num_bytes, self.first, axis=0) - here)
 
 
 def distinct_bytes(graph: Graph, source: str, edge_bytes: Sequence[int]) -> int:
