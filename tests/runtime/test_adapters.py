@@ -202,6 +202,41 @@ def test_each_linear_runs_once_an_iteration(
     assert made.num_replayed == 0
 
 
+NATIVE = replace(IA3, target_modules=("k_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_decodes_equal_the_decoder_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    context = make_context(random_model("llama3-gqa"), dtype=dtype, num_sequences=20)
+    specs = (*LORAS, NATIVE)
+    paths = write_adapters(tmp_path, context, specs)
+    logprobs: list[list[Tensor]] = []
+    for replays in (True, False):
+        made = HandMade(context, max_num_seqs=6, replays_decodes=replays)
+        if replays and made.executor._replay is None:
+            pytest.skip("nothing is recorded on this processor")
+        for index, path in enumerate(paths):
+            made.executor.load_adapter(ref(index), str(path))
+        found: list[Tensor] = []
+        for order in ((0, 1, -1, 4), (1, 3, 2, -1, 0, 4), (-1, 2), (4, 4, -1)):
+            rows = [Row(slot=s, tokens=[9 + s], begin=3, is_decode=True) for s in range(len(order))]
+            made.executor.submit(
+                made.batch(
+                    rows,
+                    starts=[start(slot, [1, 2, 3, 4]) for slot in range(len(order))],
+                    adapters=np.array(order, np.int32),
+                    adapter_refs=tuple(ref(index) for index in range(5)),
+                )
+            )
+            top = made.executor.collect().logprobs
+            assert top is not None
+            found.append(torch.from_numpy(top.top[:, 0]))
+        assert made.num_replayed == (4 if replays else 0)
+        logprobs.append(found)
+    for ours, theirs in zip(*logprobs, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def batch_of(made: HandMade, refs: tuple[AdapterRef, ...]) -> Any:
     rows = [Row(slot=slot, tokens=[7], is_decode=True) for slot in range(len(refs))]
     return made.batch(rows, adapters=np.arange(len(refs), dtype=np.int32), adapter_refs=refs)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.engine.batch import NULL_PAGE, UNKNOWN_TOKEN, Batch, SegmentKind
-from weft.model.forward_step import ForwardStep, GroupStep
+from weft.model.forward_step import BypassStep, ForwardStep, GroupStep
 from weft.model.kernels.cpu_linear import max_native_rows, storage_of
 from weft.model.kernels.cpu_record import CpuReplay, record
 from weft.model.kernels.cpu_team import KernelsUnavailableError
@@ -57,13 +57,13 @@ def record_decodes(context: DeviceContext, max_num_seqs: int) -> DecodeReplay | 
         return None
 
 
-def _holds_only_decodes(batch: Batch, max_rows: int) -> bool:
+def holds_only_decodes(batch: Batch, max_rows: int) -> bool:
+    """Whether a batch is one token each of a few sequences, all sampled, adapters apart."""
     num_rows = batch.num_rows
     return (
         num_rows <= max_rows
         and batch.num_tokens == num_rows == len(batch.sample_rows)
         and not len(batch.prompt_logprob_rows)
-        and not batch.adapter_refs
         and bool((batch.kinds == SegmentKind.DECODE).all())
     )
 
@@ -71,8 +71,12 @@ def _holds_only_decodes(batch: Batch, max_rows: int) -> bool:
 class ListReplay:
     """The CPU's: every native call of a decode step in one parallel region."""
 
-    def __init__(self, context: DeviceContext, max_rows: int) -> None:
+    def __init__(
+        self, context: DeviceContext, max_rows: int, bypass: BypassStep | None = None
+    ) -> None:
         """Record a step of `max_rows` rows, of which a run uses the first few.
+
+        `bypass` reads the rows' adapters from a fixed tensor, for its owner to fill before a run.
 
         Raises:
             KernelsUnavailableError: part of the step has no native kernel here.
@@ -102,6 +106,7 @@ class ListReplay:
             max_decode_context=context.max_model_len,
             chunks=(),
             groups=groups,
+            bypass=bypass,
         )
         decoder = context.decoder
 
@@ -118,7 +123,7 @@ class ListReplay:
         self._write_slots = [group.write_slots.numpy() for group in groups]
 
     def covers(self, batch: Batch) -> bool:
-        return _holds_only_decodes(batch, self._max_rows)
+        return not batch.adapter_refs and holds_only_decodes(batch, self._max_rows)
 
     def run(self, batch: Batch, last_token: Tensor) -> Tensor:
         num_rows = batch.num_rows
@@ -146,7 +151,7 @@ class GraphReplay:
             self._graphs = DecodeGraphs(context, graph_sizes(max_num_seqs), capture)
 
     def covers(self, batch: Batch) -> bool:
-        return _holds_only_decodes(batch, self._max_rows)
+        return not batch.adapter_refs and holds_only_decodes(batch, self._max_rows)
 
     def run(self, batch: Batch, last_token: Tensor) -> Tensor:
         return self._graphs.run(build_step(batch, self._context, last_token))

@@ -25,6 +25,7 @@ from weft.engine.batch import (
 )
 from weft.model.forward_step import BypassStep
 from weft.runtime.adapter_store import AdapterStore
+from weft.runtime.bypass_replay import record_bypasses
 from weft.runtime.decode_replay import record_decodes
 from weft.runtime.device_context import DeviceContext
 from weft.runtime.finetune_jobs import FinetuneJobs, PendingOutcome
@@ -87,6 +88,7 @@ class TorchExecutor:
         self._jobs = FinetuneJobs(context, publish=self._adapters.put)
         self._slots = SlotTable(max_num_seqs, context.config.vocab_size, context.device)
         self._replay = record_decodes(context, max_num_seqs) if replays_decodes else None
+        self._bypass_replays = record_bypasses(context, max_num_seqs) if replays_decodes else None
         self._pending: deque[_Pending] = deque()
         self._is_closed = False
         self.num_replayed = 0
@@ -117,14 +119,10 @@ class TorchExecutor:
         if batch.finetune is not None:
             self._jobs.begin(batch.finetune)
         prompt_ranks: tuple[_PromptRanks, ...] = ()
-        logits = None
-        if batch.num_tokens == 0:
-            pass  # Backward rows and commands only.
-        elif self._replay is not None and self._replay.covers(batch):
-            logits = self._replay.run(batch, self._slots.last_token)
-            self.num_replayed += 1
-        else:
-            hidden = self._forward(batch)
+        bypass = self._adapters.bypass(batch)
+        logits = self._run_recorded(batch, bypass)
+        if logits is None and batch.num_tokens:  # Else backward rows and commands only.
+            hidden = self._forward(batch, bypass)
             prompt_ranks = self._rank_prompts(batch, hidden)
             logits = self._last_logits(batch, hidden)
         sampled, logprob_rows = self._sample(batch, logits)
@@ -178,7 +176,7 @@ class TorchExecutor:
 
     def close(self) -> None:
         self._pending.clear()
-        self._replay = None
+        self._replay = self._bypass_replays = None
         self._is_closed = True
 
     def _move_pages(self, batch: Batch) -> None:
@@ -186,10 +184,20 @@ class TorchExecutor:
             moves = upload(batch.page_moves, self._context.device)
             self._context.arena[moves[:, 1]] = self._context.arena[moves[:, 0]]
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _run_recorded(self, batch: Batch, bypass: BypassStep | None) -> Tensor | None:
+        """Logits [S, V] by a recorded launch; None where none covers the batch."""
+        logits = None
+        if bypass is None:
+            if self._replay is not None and self._replay.covers(batch):
+                logits = self._replay.run(batch, self._slots.last_token)
+        elif self._bypass_replays is not None:
+            logits = self._bypass_replays.run(batch, bypass, self._slots.last_token)
+        self.num_replayed += logits is not None
+        return logits
+
+    def _forward(self, batch: Batch, bypass: BypassStep | None) -> Tensor:
         """Hidden states [T, hidden] behind the last layer; writes the tokens' keys and values."""
         decoder = self._context.decoder
-        bypass = self._adapters.bypass(batch)
         step = build_step(batch, self._context, self._slots.last_token, bypass)
         hidden = decoder.embed(step.token_ids)
         if batch.finetune is None:
