@@ -15,7 +15,7 @@ from weft.serve.adapter_api import AdapterConfig, LoraModule
 from weft.serve.api import ApiConfig
 from weft.serve.api_keys import ApiKeys
 from weft.serve.engine_client import EngineClient
-from weft.serve.engine_config import EngineConfig
+from weft.serve.engine_config import RUNTIME_BUILDER, EngineConfig
 from weft.serve.request_factory import RequestLimits
 from weft.serve.server import ServerConfig, StoreConfig, run_server
 
@@ -25,7 +25,10 @@ MODEL_NAME = "fake/model"
 def main(options: dict[str, Any]) -> int:
     """Run it; prints one line `URL ENGINE_PID` when it is ready."""
     with tempfile.TemporaryDirectory() as directory:
-        model = write_model_directory(Path(directory) / "model")
+        # A directory with weights runs on the real executor.
+        given = options.get("model_dir")
+        model = Path(given) if given else write_model_directory(Path(directory) / "model")
+        fake = f"serve.fake_engine:{options.get('builder', 'build')}"
         config = ServerConfig(
             host=options.get("host", "127.0.0.1"),
             port=options.get("port", 0),
@@ -36,7 +39,10 @@ def main(options: dict[str, Any]) -> int:
             ),
             engine=EngineConfig(
                 model=str(model),
-                builder=f"serve.fake_engine:{options.get('builder', 'build')}",
+                builder=RUNTIME_BUILDER if given else fake,
+                dtype="float32" if given else "auto",
+                kv_cache_memory_bytes=2**22 if given else None,
+                num_threads=1,
                 max_num_seqs=options.get("max_num_seqs"),
                 trace_path=options.get("trace_path"),
                 finetune=FinetuneConfig(
