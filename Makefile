@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo demo-train test test-long soak lint bench clean
 help:
-	@echo "make demo       talk to the embedded model: server, clients, latencies (minutes)"
+	@echo "make demo       serve the embedded model, and finetune it while it serves (minutes)"
 	@echo "make demo-train plan, simulate and train a two-tower model on four local ranks (minutes)"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-long  the tests that take minutes each"
@@ -29,6 +29,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo_serve.py
+	$(BIN)/python examples/demo_coserve.py
 
 demo-train: $(VENV)/.runtime
 	$(BIN)/python examples/train_digits.py
