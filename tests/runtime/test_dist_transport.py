@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from runtime.train_plans import chain_cut, plan_of_cut, zoo_case
 from runtime.train_reference import train_plain
@@ -86,6 +88,38 @@ def _train(rank: int, schedule: str, model: str) -> None:
 @pytest.mark.parametrize(("schedule", "model"), [("1f1b", "gpt"), ("2bw", "candle-uno")])
 def test_gloo_ranks_equal_one_process(schedule: str, model: str) -> None:
     spawn(_train, 3, schedule, model)
+
+
+def _shard(rank: int) -> None:
+    """FSDP2 inside a stage of two ranks, behind a stage of one."""
+    case = zoo_case("candle-uno")
+    graph = case.capture.graph
+    executor = TorchStageExecutor(
+        plan=plan_of_cut(graph, chain_cut(graph, 2, dp=(1, 2)), 8),
+        capture=case.capture,
+        module=case.model.module,
+        world=DistWorld(timeout_s=60),
+        source=TensorSource(case.capture, lambda step: case.batches[step]),
+        optimizer=sgd,
+        config=ExecutorConfig(
+            parallelize=lambda module, mesh: (
+                module if mesh is None else fully_shard(module, mesh=mesh)
+            )
+        ),
+    )
+    results = list(executor.steps(3))
+    assert case.model.loss is not None
+    wanted = train_plain(case.model.module, case.model.loss, case.batches, sgd)
+    assert [r.loss for r in results] == pytest.approx(wanted.losses, abs=1e-9)
+    held = dict(wanted.module.named_parameters())
+    for name, p in executor.ranks[0].parameters.items():
+        assert isinstance(p, DTensor) == (rank > 0)
+        value = p.full_tensor() if isinstance(p, DTensor) else p
+        assert torch.allclose(value, held[name], rtol=0, atol=1e-9), name
+
+
+def test_a_stage_can_be_sharded_inside() -> None:
+    spawn(_shard, 3)
 
 
 def _hang(rank: int, path: str) -> None:

@@ -513,3 +513,65 @@ def test_world_must_have_the_plans_size() -> None:
             world=LoopbackWorld(3),
             source=TensorSource(case.capture, lambda step: case.batches[step]),
         )
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "options"),
+    [
+        (1, {"micro_batch": 4, "dp": 2}),
+        (3, {"micro_batch": (2, 2, 2)}),
+        (2, {"micro_batch": (4, 2), "dp": (1, 2), "recompute": (False, True)}),
+    ],
+)
+def test_contrastive_loss_over_the_whole_batch(num_parts: int, options: dict[str, Any]) -> None:
+    case = zoo_case("clip")
+    plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, num_parts, **options), 8)
+    executor = make(case, plan, schedule="gpipe", loss_scope=LossScope.GLOBAL)
+    results = list(executor.steps(3))
+    wanted = reference(case)
+    assert [r.loss for r in results] == pytest.approx(wanted.losses, abs=TOLERANCE)
+    assert_same(executor, wanted.module)
+    found = executor.evaluate(TensorSource(case.capture, lambda step: case.batches[step]), 1)
+    loss: Any = case.model.loss
+    inputs, targets = case.batches[0]
+    assert found.loss_sum / found.weight == pytest.approx(
+        float(loss(wanted.module(*inputs), *targets).detach()), abs=TOLERANCE
+    )
+
+
+def test_loss_over_the_whole_batch_needs_every_forward_first() -> None:
+    case = zoo_case("clip")
+    plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2), 8)
+    with pytest.raises(ValueError, match="gpipe"):
+        make(case, plan, loss_scope=LossScope.GLOBAL)
+
+
+def test_autocast_keeps_float32_weights_and_sends_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = ZooModel(
+        name="heads",
+        module=Heads(),
+        example_inputs=(torch.zeros(2, 6),),
+        targets=(torch.zeros(2),),
+        loss=two_losses,
+    )
+    batches = tuple(((torch.randn(8, 6),), (torch.randn(8),)) for _ in range(3))
+    case = Case(model=model, capture=model.trace(), batches=batches)
+    cut = chain_cut(case.capture.graph, 3, dp=(1, 2, 1))
+    executor = make(case, plan_of_cut(case.capture.graph, cut, 8), autocast=torch.bfloat16)
+    sent: set[torch.dtype] = set()
+    for rank in executor.ranks:
+        send = rank.loop.transport.send
+
+        def note(tensor: Tensor, receiver: int, tag: int, send: Any = send) -> Any:
+            sent.add(tensor.dtype)
+            return send(tensor, receiver, tag)
+
+        rank.loop.transport.send = note  # type: ignore[method-assign]
+    results = list(executor.steps(3))
+    assert sent == {torch.bfloat16}
+    wanted = reference(case)
+    assert [r.loss for r in results] == pytest.approx(wanted.losses, rel=0.05)
+    assert [r.loss for r in results] != pytest.approx(wanted.losses, rel=1e-6)
+    for rank in executor.ranks:
+        assert {p.dtype for p in rank.parameters.values()} <= {torch.float32}

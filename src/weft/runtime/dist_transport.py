@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from weft.base.errors import ConfigError
 from weft.runtime.transport import Handle, PeerTimeoutError, RankProgram
@@ -64,6 +65,10 @@ class DistTransport:
                 if pair not in self._channels:
                     self._channels[pair] = dist.new_group(sorted(pair), timeout=self._timeout)
 
+    def process_group(self, group: Sequence[int]) -> Any:
+        """The communicator of a prepared group."""
+        return self._groups.get(tuple(group), dist.group.WORLD)
+
     def send(self, tensor: Tensor, receiver: int, tag: int) -> Handle:
         """Start sending."""
         group = self._channels.get((self._rank, receiver))
@@ -115,6 +120,14 @@ class DistWorld:
     def prepare(self, groups: Sequence[Sequence[int]], channels: Sequence[tuple[int, int]]) -> None:
         """Make the communicators."""
         self._transport.prepare(groups, channels)
+
+    def mesh(self, group: Sequence[int], device_type: str) -> DeviceMesh | None:
+        """A mesh of one axis over a prepared group; None for a group of one."""
+        if len(group) < 2:
+            return None
+        return DeviceMesh.from_group(
+            self._transport.process_group(group), device_type, mesh_dim_names=("dp",)
+        )
 
     def drive(self, programs: Sequence[RankProgram]) -> None:
         """Run this rank's program, blocking where it waits; its errors name the action."""

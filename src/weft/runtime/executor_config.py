@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from weft.base.errors import ConfigError
 
@@ -27,8 +31,10 @@ class ExecutorConfig:
 
     `accumulate` batches make one optimizer step. `autocast` is the dtype of autocast regions around
     every stage, in which tensors between stages then travel; parameters and sums of gradients keep
-    theirs. `receive_ahead` is the number of receives posted before they are needed. `parallelize`
-    may wrap a stage's module (FSDP2, tensor parallelism) given its ranks' mesh.
+    theirs. `receive_ahead` is the number of receives posted before they are needed. `record` keeps
+    the times of the last steps' actions. `parallelize(stage_module, mesh)` may shard a stage over
+    its data-parallel ranks (FSDP2) and returns the module to call; `mesh` has one axis, or is None
+    for a stage on one rank and over loopback.
     """
 
     loss_scope: LossScope = LossScope.SAMPLE
@@ -40,6 +46,7 @@ class ExecutorConfig:
     receive_ahead: int = 4
     device: str = "cpu"
     record: bool = False
+    parallelize: Callable[[nn.Module, DeviceMesh | None], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:

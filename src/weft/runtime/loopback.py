@@ -187,6 +187,9 @@ class LoopbackWorld:
     def prepare(self, groups: Sequence[Sequence[int]], channels: Sequence[tuple[int, int]]) -> None:
         """Nothing to prepare."""
 
+    def mesh(self, group: Sequence[int], device_type: str) -> None:
+        """Ranks of one process make no mesh."""
+
     def drive(self, programs: Sequence[RankProgram]) -> None:
         """Let each program run until it waits, in turn, until all have ended."""
         waiting: dict[int, Handle | None] = dict.fromkeys(range(len(programs)))

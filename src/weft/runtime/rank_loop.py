@@ -20,6 +20,7 @@ from weft.runtime.micro_batch import MicroBatch, WeightHalf
 from weft.runtime.rank_program import BoundAction, Piece, RankPlan, StageShape
 from weft.runtime.stage_cut import CutEdge, StageCut, StageProgram
 from weft.runtime.transport import Handle, PeerTimeoutError, Transport
+from weft.runtime.whole_batch import WholeBatch
 
 Key = tuple[int, int]
 """(stage, micro-batch counted from the start of the run)."""
@@ -40,6 +41,10 @@ class StageRun:
     """The dtype that each output is handed on in, None where it is left as it is."""
     weights: tuple[list[Tensor], list[Tensor]] | None = None
     """Without flushes: the newest weights and the version before, in the module's order."""
+    tail: Any = None
+    """The module of what is computed once for the whole batch, if anything is."""
+    group: tuple[int, ...] = ()
+    """The stage's ranks."""
     forced_weights: list[Tensor] | None = None
     """Weights to run with in place of the module's own."""
 
@@ -104,7 +109,7 @@ class RankLoop:
         self.transport, self.source, self.sync = transport, source, sync
         self.seed, self.receive_ahead = seed, receive_ahead
         self.device, self.batch_size = device, batch_size
-        self._autocast = autocast
+        self.autocast = autocast
         self._edges = [cut.edges[pair] for pair in sorted(cut.edges)]
         self._inbox: dict[Key, list[Tensor | None]] = {}
         self._gradients: dict[Key, dict[int, list[Tensor | None]]] = {}
@@ -114,13 +119,16 @@ class RankLoop:
         self._halves: dict[Key, WeightHalf] = {}
         self._posted: dict[tuple[ActionKind, int, int, int], list[_Posted]] = {}
         self._sends: list[tuple[Handle, Tensor]] = []
-        self._losses: dict[int, list[tuple[Tensor, Tensor | int]]] = {}
+        self.losses: dict[int, list[tuple[Tensor, Tensor | int]]] = {}
         self._in_flight: dict[int, int] = dict.fromkeys(stages, 0)
         self.peak_in_flight: dict[int, int] = dict.fromkeys(stages, 0)
         self.record: LoopRecord | None = None
         self.current: BoundAction | str = ""
         self._flush = 0
-        self._step = 0
+        self.step = 0
+        self._tails = {
+            s: WholeBatch(loop=self, stage=run) for s, run in stages.items() if run.tail is not None
+        }
         self.first_step = 0
         self._run = {
             ActionKind.F: self._forward,
@@ -148,7 +156,7 @@ class RankLoop:
         segment's batch among those of optimizer step `step`. With `is_last_flush` gradients are
         summed. With `keep_sends` messages may still be under way at the end.
         """
-        self._step, self._flush = step, flush
+        self.step, self._flush = step, flush
         try:
             yield from self._actions(segment, base, is_last_flush)
             if not keep_sends:
@@ -180,7 +188,7 @@ class RankLoop:
         num_posted, num_received = 0, 0
         shift = {s: base * run.shape.num_micro_batches for s, run in self.stages.items()}
         last_backward = _last_backwards(segment) if is_last_flush else {}
-        record = self.record.begin(self._step) if self.record is not None else None
+        record = self.record.begin(self.step) if self.record is not None else None
         for index, bound in enumerate(segment):
             action = bound.action
             kind, stage = action.kind, action.stage
@@ -208,12 +216,14 @@ class RankLoop:
                 if last_backward.get(stage) == index and self.sync is not None:
                     self.sync.expect(stage)
                 self._run[kind](bound, action.micro_batch + shift[stage])
+                if kind is ActionKind.F and self.stages[stage].tail is not None:
+                    yield from self._tails[stage].note(action.micro_batch)
             if record is not None:
                 record.end_s.append(time.perf_counter())
 
     def take_losses(self, step: int) -> tuple[float, float]:
         """(sum, weight) of the losses of an optimizer step, once."""
-        losses = self._losses.pop(step, [])
+        losses = self.losses.pop(step, [])
         return sum(float(loss) for loss, _ in losses), sum(float(w) for _, w in losses)
 
     # Forward
@@ -231,8 +241,9 @@ class RankLoop:
         values = self._compute(stage, saved, with_graph=keeps_graph)
         outputs = values[: stage.program.num_outputs]
         if stage.program.losses:
-            found = self._losses.setdefault(self._step_of(stage, micro_batch), [])
-            found.extend(self._loss_values(stage, values[stage.program.num_outputs :]))
+            found = self.losses.setdefault(self._step_of(stage, micro_batch), [])
+            losses = values[stage.program.num_outputs :]
+            found.extend(self.loss_values(stage.program, losses, stage.shape.share))
         if stage.has_backward:
             if keeps_graph:
                 self._save_roots(stage, saved, values)
@@ -240,6 +251,8 @@ class RankLoop:
             held = self._in_flight[key[0]] = self._in_flight[key[0]] + 1
             self.peak_in_flight[key[0]] = max(self.peak_in_flight[key[0]], held)
         self._outputs[key] = [out.detach() for out in outputs]
+        if stage.tail is not None:
+            self._tails[key[0]].keep(micro_batch, self._outputs[key])
         for piece in bound.local:
             self._hand_on(piece, key)
         if not bound.is_sent:
@@ -270,14 +283,14 @@ class RankLoop:
     def _step_of(self, stage: StageRun, micro_batch: int) -> int:
         """The optimizer step of a micro-batch: without flushes it may be the next one."""
         if stage.weights is None:
-            return self._step
+            return self.step
         return self.first_step + micro_batch // stage.shape.num_micro_batches
 
     def _weights(self, stage: StageRun, micro_batch: int) -> list[Tensor] | None:
         """Of two versions the older one, except for forwards ahead into the next step."""
         if stage.weights is None:
             return stage.forced_weights
-        return stage.weights[0 if self._step_of(stage, micro_batch) > self._step else 1]
+        return stage.weights[0 if self._step_of(stage, micro_batch) > self.step else 1]
 
     def _call(self, stage: StageRun, micro_batch: int) -> MicroBatch:
         return MicroBatch(
@@ -291,13 +304,13 @@ class RankLoop:
 
     def _compute(self, stage: StageRun, saved: _Saved, *, with_graph: bool) -> Sequence[Any]:
         context = (
-            torch.autocast(self.device.type, self._autocast)
-            if self._autocast is not None
+            torch.autocast(self.device.type, self.autocast)
+            if self.autocast is not None
             else nullcontext()
         )
         with torch.set_grad_enabled(with_graph), context:
             values = stage.module(saved.call, saved.inputs, saved.weights)
-            if self._autocast is None:
+            if self.autocast is None:
                 return values
             cast = [
                 value if dtype is None else value.to(dtype)
@@ -306,20 +319,20 @@ class RankLoop:
             return [*cast, *values[len(cast) :]]
 
     @staticmethod
-    def _loss_values(
-        stage: StageRun, values: Sequence[Any]
+    def loss_values(
+        program: StageProgram, values: Sequence[Any], num_samples: int
     ) -> Iterator[tuple[Tensor, Tensor | int]]:
         """(sum, weight) of each loss; a mean counts with the samples that it is of."""
         position = 0
-        for is_pair in stage.program.losses:
+        for is_pair in program.losses:
             loss = values[position].detach()
             if is_pair:
                 weight = values[position + 1]
                 yield loss, weight.detach() if isinstance(weight, Tensor) else weight
             else:
                 # Several tasks' means share one weight: their sum is the loss.
-                counts = stage.program.counts_samples and position == 0
-                yield loss * stage.shape.share, stage.shape.share if counts else 0
+                counts = program.counts_samples and position == 0
+                yield loss * num_samples, num_samples if counts else 0
             position += 2 if is_pair else 1
 
     def _save_roots(self, stage: StageRun, saved: _Saved, values: Sequence[Any]) -> None:
@@ -393,6 +406,8 @@ class RankLoop:
     def _output_gradients(self, stage: StageRun, key: Key) -> list[Tensor | None]:
         """The gradient of every output: the sum over the edges that it left by, in their order."""
         totals: list[Tensor | None] = [None] * stage.program.num_outputs
+        if stage.tail is not None:
+            totals = self._tails[key[0]].gradients_of(key[1])
         arrived = self._gradients.pop(key, {})
         for slot in sorted(arrived):
             edge = self._edges[slot]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from weft.base.errors import UnsupportedError
 from weft.graph.capture import Capture
@@ -90,12 +92,17 @@ class RankState:
         self.loop.sync = self.previous_sync
 
 
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether somebody else sums this parameter's gradient."""
+    return isinstance(parameter, DTensor)
+
+
 def gradient_groups(plan: TrainPlan, cut: StageCut, capture: Capture) -> tuple[GradientGroup, ...]:
     """Trainable parameters by the ranks that hold them; a shared one belongs to no stage."""
     rank_of = {device: rank for rank, device in enumerate(plan.used_devices)}
     users: dict[str, list[int]] = {}
     for program in cut.stages:
-        for name in program.parameters:
+        for name in program.held_parameters:
             if capture.graph.parameter_by_id[name].trainable:
                 users.setdefault(name, []).append(program.index)
     members: dict[tuple[tuple[int, ...], int], list[str]] = {}
@@ -126,23 +133,31 @@ class RankBuilder:
     groups: Sequence[GradientGroup]
     two_versions: bool
     splits_backward: bool
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    mesh_of: Callable[[Sequence[int], str], DeviceMesh | None]
 
     def build(self, rank_plan: RankPlan, transport: Transport) -> RankState:
         """One rank with weights of its own."""
         stages = tuple(sorted(rank_plan.shapes))
-        names = list(dict.fromkeys(n for s in stages for n in self.cut.stages[s].parameters))
+        names = list(dict.fromkeys(n for s in stages for n in self.cut.stages[s].held_parameters))
         values = self.weights.load(names, self.module)
         parameters = {name: self._parameter(name, values[name]) for name in names}
-        buffers = {name: self._buffer(name) for s in stages for name in self.cut.stages[s].buffers}
-        groups = [g for g in self.groups if rank_plan.rank in g.ranks and len(g.ranks) > 1]
+        programs = [self.cut.stages[s] for s in stages]
+        buffers = {name: self._buffer(name) for p in programs for name in p.held_buffers}
+
+        runs = {s: self._stage_run(s, rank_plan, parameters, buffers) for s in stages}
+        parameters |= self._sharded(runs)
+        groups = [
+            replace(group, names=tuple(n for n in group.names if not _is_sharded(parameters[n])))
+            for group in self.groups
+            if rank_plan.rank in group.ranks and len(group.ranks) > 1
+        ]
+        groups = [group for group in groups if group.names]
 
         def sync_of(held: Mapping[str, nn.Parameter]) -> GradientSync | None:
             if not groups:
                 return None
             return GradientSync(transport, groups, held, self.config.bucket_bytes)
 
-        runs = {s: self._stage_run(s, rank_plan, parameters, buffers) for s in stages}
         previous = self._second_version(parameters) if self.two_versions else None
         if previous is not None:
             for run in runs.values():
@@ -168,6 +183,26 @@ class RankBuilder:
             previous_sync=previous_sync,
         )
 
+    def _sharded(self, runs: Mapping[int, StageRun]) -> dict[str, nn.Parameter]:
+        """Let the `parallelize` hook have its way with each stage; the parameters that it made."""
+        found: dict[str, nn.Parameter] = {}
+        if self.config.parallelize is None:
+            return found
+        for run in runs.values():
+            mesh = self.mesh_of(run.group, torch.device(self.config.device).type)
+            run.module = self.config.parallelize(run.module, mesh)
+            divide = getattr(run.module, "set_gradient_divide_factor", None)
+            if divide is not None:
+                divide(1.0)  # Sums, as everywhere here; the loss's weight divides later.
+            for name, p in run.module.named_parameters():
+                if name not in run.program.held_parameters:
+                    raise UnsupportedError(
+                        f"`parallelize` renamed a parameter of stage {run.program.index} to "
+                        f"{name!r}; it must keep the model's names"
+                    )
+                found[name] = p
+        return found
+
     def forward_only(
         self, rank: RankState, rank_plan: RankPlan, transport: Transport, source: SampleSource
     ) -> RankLoop:
@@ -176,6 +211,11 @@ class RankBuilder:
             s: replace(run, has_backward=False, grad_inputs=(), weights=None)
             for s, run in rank.loop.stages.items()
         }
+        if self.config.parallelize is not None:
+            # A sharded stage gathers its own weights when it is called.
+            return replace(self, source=source)._loop(
+                rank_plan, runs, transport, None, training=False
+            )
         for run in runs.values():
             newest = [rank.parameters[name] for name in run.program.parameters]
             fixed = [rank.buffers[name] for name in run.program.buffers]
@@ -210,7 +250,7 @@ class RankBuilder:
 
     def _owner(self, name: str) -> int:
         """The lowest rank that holds a parameter."""
-        users = [s for s in self.plan.stages if name in self.cut.stages[s.index].parameters]
+        users = [s for s in self.plan.stages if name in self.cut.stages[s.index].held_parameters]
         lowest = min(device for stage in users for device in stage.devices)
         return self.plan.used_devices.index(lowest)
 
@@ -257,6 +297,10 @@ class RankBuilder:
         return StageRun(
             program=program,
             module=StageModule(program, parameters, buffers),
+            tail=None
+            if program.tail is None
+            else StageModule(program.tail.program, parameters, buffers),
+            group=tuple(self.plan.used_devices.index(device) for device in stage.devices),
             shape=rank_plan.shapes[index],
             leaves=tuple(leaf.leaf for leaf in program.leaves),
             grad_inputs=() if stage.frozen else tuple(grad_inputs),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,33 @@ class StageProgram:
     counts_samples: bool
     """Whether the weight of means is counted here: once for all tasks."""
     has_dropout: bool
+    tail: Tail | None = None
+
+    @property
+    def held_parameters(self) -> tuple[str, ...]:
+        """The parameters of the stage and its tail."""
+        more = () if self.tail is None else self.tail.program.parameters
+        return tuple(dict.fromkeys((*self.parameters, *more)))
+
+    @property
+    def held_buffers(self) -> tuple[str, ...]:
+        """The buffers of the stage and its tail."""
+        more = () if self.tail is None else self.tail.program.buffers
+        return tuple(dict.fromkeys((*self.buffers, *more)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """What a stage computes once for the whole batch: all that relates samples to each other.
+
+    `inputs[i]` of `program` is output `outputs[i]` of the stage, of all micro-batches together,
+    described by `tensors[i]`; its data leaves come as in any program.
+    """
+
+    program: StageProgram
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    tensors: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +156,20 @@ def cut_stages(
     allow_mixing: bool = False,
     split_backward: bool = False,
     edge_dtype: torch.dtype | None = None,
+    whole_batch: bool = False,
 ) -> StageCut:
     """The programs of the plan's stages, ready to run on `device`.
 
     With `allow_mixing` samples of a micro-batch may meet in one tensor (a contrastive loss). With
     `split_backward` linear layers can leave their weights' gradients for later. Floating tensors
-    between stages have `edge_dtype` where it is given.
+    between stages have `edge_dtype` where it is given. With `whole_batch` what relates samples to
+    each other, and the loss, becomes the tail of its stage.
     Raises UnsupportedError for operators that a pipeline cannot run as one process would
     (BatchNorm in training, unseeded random numbers), PlanError where the plan lacks an edge.
     """
     cutter = _Cutter(capture, plan, device, allow_mixing)
     cutter.split_backward, cutter.edge_dtype = split_backward, edge_dtype
+    cutter.whole_batch = whole_batch
     return cutter.cut()
 
 
@@ -161,6 +191,8 @@ class _Cutter:
         self.capture, self.plan, self.device = capture, plan, device
         self.allow_mixing = allow_mixing
         self.split_backward = False
+        self.whole_batch = False
+        self.tails: dict[int, _Draft] = {}
         self.edge_dtype: torch.dtype | None = None
         self.nodes = list(capture.program.graph.nodes)
         self.by_name = {node.name: node for node in self.nodes}
@@ -188,11 +220,17 @@ class _Cutter:
         losses = self._loss_roots()
         for index in reversed(self.plan.topological_order):
             draft = self.drafts[index]
+            if self.whole_batch and index in losses:
+                self.tails[index] = self._collect_tail(index, losses[index])
+                draft.roots.extend(self.tails[index].incoming)
             draft.roots.sort(key=self.position.__getitem__)
-            self._collect(index, draft, [*draft.roots, *losses.get(index, ())])
+            own_losses = () if index in self.tails else losses.get(index, ())
+            self._collect(index, draft, [*draft.roots, *own_losses])
         outputs = [list(dict.fromkeys(draft.roots)) for draft in self.drafts]
         stages = tuple(
-            self._program(i, draft, outputs[i], losses.get(i, ()))
+            self._with_tail(i, draft, outputs[i], losses[i])
+            if i in self.tails
+            else self._program(i, draft, outputs[i], losses.get(i, ()))
             for i, draft in enumerate(self.drafts)
         )
         edges = {
@@ -338,6 +376,92 @@ class _Cutter:
                 continue
             draft.inside.add(node)
             stack.extend(self._operands(node, index))
+
+    def _collect_tail(self, index: int, losses: Sequence[Node]) -> _Draft:
+        """What a loss stage computes for the whole batch; `incoming` is what it needs of it."""
+        late = self._late_nodes()
+        elsewhere = [n for n in late if self.owner.get(n, index) != index]
+        if elsewhere:
+            raise UnsupportedError(
+                f"{self._where(elsewhere[0])} in stage {self.owner[elsewhere[0]]} relates samples "
+                f"to each other, but the loss is in stage {index}; with loss_scope='global' keep "
+                "everything from there on in the stage of the loss"
+            )
+        draft = _Draft()
+        stack = list(losses)
+        while stack:
+            node = stack.pop()
+            if node in draft.inside or node in draft.incoming or node in draft.placeholders:
+                continue
+            if _size_value(node) is not None:
+                continue
+            if node.op == "placeholder":
+                draft.placeholders.add(node)
+                continue
+            owner = self.owner.get(node)
+            is_made_before = owner is not None and node not in late
+            if (
+                is_made_before
+                and (owner != index or node in self.from_data)
+                and not isinstance(node.meta.get("val"), tuple | list)
+            ):
+                draft.incoming[node] = index
+                continue
+            draft.inside.add(node)
+            stack.extend(self._operands(node, index))
+        return draft
+
+    def _late_nodes(self) -> set[Node]:
+        """Nodes that relate samples to each other, belong to a loss, or follow from such."""
+        losses = {op.id for op in self.capture.graph.ops if op.is_loss}
+        found: set[Node] = set()
+        for node in self.nodes:
+            if node.op != "call_function" or _size_value(node) is not None:
+                continue
+            value = node.meta.get("val")
+            sizes = value.shape if isinstance(value, Tensor) else ()
+            if (
+                sum(self.size(size)[0] > 0 for size in sizes) > 1
+                or not losses.isdisjoint(self.ops_of_node.get(node, ()))
+                or not found.isdisjoint(self._reads(node))
+            ):
+                found.add(node)
+        return found
+
+    def _with_tail(
+        self, index: int, draft: _Draft, outputs: Sequence[Node], losses: Sequence[Node]
+    ) -> StageProgram:
+        tail = self.tails[index]
+        inputs = self.inputs_of(tail)
+        gathered = [node for node in inputs if node in tail.incoming]
+        return replace(
+            self._program(index, draft, outputs, ()),
+            tail=Tail(
+                program=self._program(index, tail, (), losses),
+                inputs=tuple(inputs.index(node) for node in gathered),
+                outputs=tuple(outputs.index(node) for node in gathered),
+                tensors=tuple(self._gathered_spec(node) for node in gathered),
+            ),
+        )
+
+    def _gathered_spec(self, node: Node) -> TensorSpec:
+        value: Tensor = node.meta["val"]
+        sizes = tuple(self.size(size) for size in value.shape)
+        axes = [i for i, (slope, _) in enumerate(sizes) if slope]
+        is_shared = not axes and node not in self.from_data
+        if not is_shared and (len(axes) != 1 or sizes[axes[0]] != (1, 0)):
+            raise UnsupportedError(
+                f"{self._where(node)} has no axis with one entry a sample, so the whole batch of "
+                "it cannot be gathered; loss_scope='micro_batch' does not need to"
+            )
+        return TensorSpec(
+            name=node.name,
+            dtype=value.dtype,
+            sizes=sizes,
+            axis=None if is_shared else axes[0],
+            needs_grad=value.dtype.is_floating_point,
+            is_shared=is_shared,
+        )
 
     def _hand_on(self, source: int, target: int, node: Node) -> None:
         edge = self.plan.edge_by_pair.get((source, target))

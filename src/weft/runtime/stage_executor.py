@@ -19,7 +19,7 @@ from weft.base.errors import ConfigError, UnsupportedError, WeftError
 from weft.graph.capture import Capture
 from weft.plan.action import COMPUTE_KINDS, RECV_KINDS, SEND_KINDS, ActionKind
 from weft.plan.executor import require_kinds
-from weft.plan.schedule import Schedule
+from weft.plan.schedule import Schedule, ScheduleError
 from weft.plan.schedules import generate
 from weft.plan.schedules.build import synchronous
 from weft.plan.schedules.order import forward_only
@@ -158,12 +158,16 @@ class TorchStageExecutor:
             allow_mixing=self.config.loss_scope is not LossScope.SAMPLE,
             split_backward=splits_backward,
             edge_dtype=self.config.autocast,
+            whole_batch=self.config.loss_scope is LossScope.GLOBAL,
         )
         check_edges(self.cut, plan)
         plans = rank_plans(self.schedule, self.cut, plan.used_devices)
         self._check_fixed_batch()
+        self._check_whole_batch()
         groups = gradient_groups(plan, self.cut, capture)
-        world.prepare(sorted({g.ranks for g in groups if len(g.ranks) > 1}), _channels(plans))
+        sums = {g.ranks for g in groups if len(g.ranks) > 1}
+        gathers = {tuple(map(plan.used_devices.index, s.devices)) for s in plan.stages if s.dp > 1}
+        world.prepare(sorted(sums | gathers), _channels(plans))
         self._builder = RankBuilder(
             plan=plan,
             capture=capture,
@@ -175,6 +179,7 @@ class TorchStageExecutor:
             groups=groups,
             two_versions=not self.schedule.is_synchronous,
             splits_backward=splits_backward,
+            mesh_of=world.mesh,
         )
         self.ranks = tuple(
             self._builder.build(plans[transport.rank], transport) for transport in world.transports
@@ -281,9 +286,15 @@ class TorchStageExecutor:
                 f"the plan runs on {expected} devices, but the world has {self.world.num_ranks} "
                 f"ranks; start {expected}"
             )
+        if self.config.parallelize is not None and self.config.clip_norm is not None:
+            raise UnsupportedError(
+                "clip_norm does not know how `parallelize` shards parameters; clip in the hook's "
+                "own way before the step (`before_step`), or leave one of the two out"
+            )
         if self.schedule.is_synchronous:
             return
         refused = {
+            "parallelize": self.config.parallelize is not None,
             "accumulate": self.config.accumulate > 1,
             "clip_norm": self.config.clip_norm is not None,
             "loss_scope='global'": self.config.loss_scope is LossScope.GLOBAL,
@@ -306,6 +317,29 @@ class TorchStageExecutor:
                         f"it is), but stage {stage.index} runs {share} samples at a time; change "
                         f"the code, or plan with micro-batches of {size} per device"
                     )
+
+    def _check_whole_batch(self) -> None:
+        """A loss over the whole batch needs every forward before the first backward."""
+        if self.config.loss_scope is not LossScope.GLOBAL:
+            return
+        if self.config.accumulate > 1:
+            raise UnsupportedError(
+                f"loss_scope='global' relates all samples of a step, so it cannot be accumulated "
+                f"over {self.config.accumulate} flushes; use accumulate=1 and a larger batch"
+            )
+        if len(self.cut.loss_stages) > 1:
+            raise UnsupportedError(
+                f"loss_scope='global' needs all losses in one stage; they are in stages "
+                f"{list(self.cut.loss_stages)}"
+            )
+        stage = max(self.cut.loss_stages)
+        program = self.schedule.program(self.plan.stages[stage].devices[0])
+        kinds = [a.kind for a in program if a.stage == stage and a.kind in COMPUTE_KINDS]
+        if ActionKind.F in kinds[kinds.count(ActionKind.F) :]:
+            raise ScheduleError(
+                f"loss_scope='global' needs every forward of stage {stage} before its first "
+                f"backward; schedule {self.schedule.name!r} mixes them, schedule 'gpipe' does not"
+            )
 
     def _step(
         self, rank: RankState, totals: LossTotals, first_step: int, index: int, num_steps: int

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from weft.base.errors import WeftError
 
@@ -81,6 +82,10 @@ class World(Protocol):
 
         Every rank calls it with the same arguments.
         """
+        ...
+
+    def mesh(self, group: Sequence[int], device_type: str) -> DeviceMesh | None:
+        """A mesh of one axis over a prepared group; None where there are no processes to mesh."""
         ...
 
     def drive(self, programs: Sequence[RankProgram]) -> None:
