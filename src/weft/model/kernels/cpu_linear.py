@@ -41,13 +41,16 @@ def max_native_rows(storage: Storage) -> int:
     """The most rows for which the native kernel beats torch's own product on this processor.
 
     A fixed rule by instruction set: torch's bfloat16 product wins from eight rows where it has AMX,
-    later where it has only AVX-512; its float32 product wins on long inputs where MKL is at home.
+    from 16 where neither has a dot product; its float32 product wins on long inputs where MKL is at
+    home (measured before the panels of `cpu_panel` were there).
     """
     isa = Isa.detect()
     if storage is Storage.FLOAT32:
         return 1 << 40 if llvm.get_host_cpu_name().startswith("znver") else 192
     if storage is Storage.FLOAT16:
-        return 64
+        # Without instructions of its own, torch's float16 product is several times slower.
+        features = llvm.get_host_cpu_features()
+        return 64 if features.get("avx512fp16") or features.get("amx-fp16") else 1 << 40
     if isa.has_amx_bf16:
         return 7
     return 1 << 40 if isa.has_bf16_dot else 16

@@ -24,7 +24,7 @@ from weft.model.kernels.cpu_ir import BF16, F32, I32, I64, Builder, Isa, Storage
 
 CHUNK = 16
 """Units of a row of x that lie together; a contraction is a multiple of it."""
-MIN_PANEL_ROWS = 24
+MIN_PANEL_ROWS = 32
 """The fewest rows of a product: from here on a panel of W is worth the copying."""
 PACK_ARGS = ("x", "ldx", "packed", "m", "units")
 PANEL_ARGS = (
