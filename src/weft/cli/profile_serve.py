@@ -20,6 +20,7 @@ from weft.cost.step_time import IterationShape
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+_FINETUNE_SAMPLES = 2
 _BUSY_SPREAD = 0.15
 """Median spread of repetitions above which the machine was not quiet."""
 
@@ -45,6 +46,9 @@ def profile_serve(
     num_threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
     num_rounds: Annotated[int, typer.Option(help="Passes over all points")] = 5,
     time_limit_s: Annotated[float, typer.Option(help="No pass starts after this")] = 75.0,
+    finetune: Annotated[
+        bool, typer.Option(help="Also train an adapter of rank 16 on random tokens")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     serve: Annotated[bool, typer.Option("--serve", hidden=True)] = True,
 ) -> None:
@@ -64,6 +68,7 @@ def profile_serve(
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_threads=num_threads,
+            max_finetune_samples=_FINETUNE_SAMPLES if finetune else 0,
         )
     )
     resolved = built.resolved
@@ -145,7 +150,7 @@ def _shortest_decodes(points: tuple[MeasuredStep, ...]) -> list[MeasuredStep]:
     best: dict[int, MeasuredStep] = {}
     for point in points:
         rows = point.shape.num_decode_rows
-        if point.shape.num_prefill_rows:
+        if point.shape.num_prefill_rows or point.shape.has_finetuning or not rows:
             continue
         if (
             rows not in best
@@ -162,6 +167,13 @@ def _describe(shape: IterationShape) -> str:
         parts.append(f"{shape.num_decode_rows} decodes at context {context:.0f}")
     if shape.num_prefill_rows:
         parts.append(f"{shape.num_prefill_rows} x {_chunk(shape)} prefill tokens")
+    if shape.num_ft_tokens:
+        parts.append(f"{shape.num_ft_tokens} tokens forward")
+    if shape.num_ft_layer_rows:
+        tokens = shape.num_ft_token_layers / shape.num_ft_layer_rows
+        parts.append(f"{shape.num_ft_layer_rows} layers x {tokens:.0f} tokens backward")
+    if shape.num_ft_steps:
+        parts.append("optimizer step")
     return " + ".join(parts)
 
 

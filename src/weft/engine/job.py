@@ -20,8 +20,8 @@ from weft.engine.job_plan import JobPlan, PlannedSample, steps_of_checkpoint
 from weft.graph.adapter_spec import LayerWidths, resolve_targets
 
 _ANY_WIDTHS = LayerWidths(hidden=1, query=1, kv=1, ffn=1)
-PUBLISHED_VERSION = 1
-"""A job publishes once, under its own id."""
+FIRST_VERSION = 1
+"""A job publishes once, under its own id; every restart after a breakdown counts one on."""
 
 
 class JobPhase(StrEnum):
@@ -177,7 +177,9 @@ class Job:
                 num_steps=self.plan.num_steps,
                 is_final=True,
             )
-        return save, PublishAdapter(job_id=spec.id, id=spec.id, version=PUBLISHED_VERSION)
+        # A life that broke down may have published already, unheard.
+        version = FIRST_VERSION + self.life
+        return save, PublishAdapter(job_id=spec.id, id=spec.id, version=version)
 
     # ---- what came back ----
 

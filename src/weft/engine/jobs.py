@@ -23,12 +23,13 @@ from weft.engine.finetune import (
     JobFailure,
     JobStatus,
     OptimizerStep,
+    PublishAdapter,
     SampleStart,
     SaveCheckpoint,
 )
 from weft.engine.finetune_limits import FinetuneConfig, FinetuneMemory
 from weft.engine.finetune_part import ActiveSample, BackwardRow, FinetunePart, ForwardRow, Room
-from weft.engine.job import PUBLISHED_VERSION, Job, JobPhase, JobProgress
+from weft.engine.job import Job, JobPhase, JobProgress
 from weft.engine.kv_cache import KvCache
 
 _BACKWARD_PRICE = 2.0
@@ -387,7 +388,7 @@ class FinetuneJobs:
                 self._events.extend([metrics] if metrics else [])
         for publish in part.publishes:
             if job := self._current(publish.job_id, part):
-                self._succeed(job)
+                self._succeed(job, publish)
 
     def _current(self, name: str, part: FinetunePart) -> Job | None:
         """The job that a result is about, if it is still the one that the batch was made for."""
@@ -428,14 +429,14 @@ class FinetuneJobs:
 
     # ---- endings ----
 
-    def _succeed(self, job: Job) -> None:
+    def _succeed(self, job: Job, published: PublishAdapter) -> None:
         self._drop(job)
         self._events.append(
             JobChanged(
                 job_id=job.spec.id,
                 status=JobStatus.SUCCEEDED,
-                adapter_id=job.spec.id,
-                adapter_version=PUBLISHED_VERSION,
+                adapter_id=published.id,
+                adapter_version=published.version,
             )
         )
 

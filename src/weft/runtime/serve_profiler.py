@@ -12,18 +12,26 @@ from weft.base.clock import Clock, WallClock
 from weft.base.errors import ConfigError
 from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
 from weft.cost.step_time import IterationShape
-from weft.engine.batch import Batch, ExecutorInfo
+from weft.engine.batch import AdapterRef, Batch, ExecutorInfo
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
-from weft.engine.executor import BatchExecutor
-from weft.engine.iteration_shape import iteration_shape
+from weft.engine.coserve import CoServing
+from weft.engine.executor import AdapterHost, BatchExecutor
+from weft.engine.finetune import FinetuneJobSpec, JobChanged, TrainingSample
+from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
+from weft.engine.iteration_shape import ShapeCounter, iteration_shape
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
+from weft.graph.adapter_spec import AdapterSpec
 from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, default_sweep
 from weft.sim.serving_setup import profile_settings
 
 Progress = Callable[[str, float], None]
 """Called with what is being measured and the share that is done."""
+_LONGEST_SAMPLE = 512
+"""Tokens of the samples that are trained to measure, at most."""
+_WINDOWS = (16, 64, 256, 512)
+_PROFILED = "weft-profile"
 _LONGEST_SERVED = 1024
 """Tokens of prompt and output together, at most, of the requests that are served to measure."""
 
@@ -48,6 +56,9 @@ class ProfileConfig:
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     points: tuple[tuple[Row, ...], ...] | None = None
     """Iterations to measure; None takes `default_sweep`."""
+    finetuning: AdapterSpec | None = field(default_factory=lambda: AdapterSpec(rank=16))
+    """Also train such an adapter on random tokens, where the executor holds samples: times windows
+    forward and backward, alone and beside decodes, and optimizer steps. None leaves it out."""
     measures_service: bool = True
     """Also serve a few requests: times the policy, and iterations as they follow each other."""
 
@@ -103,6 +114,8 @@ def profile_serving(
         host_points = _grouped([(step.shape, step.host_s) for step in steps])
         if executor.max_in_flight == 1:
             device_points += _grouped([(step.shape, step.device_s) for step in steps])
+    if config.finetuning is not None and info.max_finetune_samples > 0:
+        device_points += _equal_shapes(_finetune(executor, config, config.finetuning, clock))
     return StepTimeProfile.fitted(
         model=model,
         dtype=dtype,
@@ -213,6 +226,78 @@ def _serve(executor: BatchExecutor, config: ProfileConfig, clock: Clock) -> list
     return steps
 
 
+def _finetune(
+    executor: BatchExecutor, config: ProfileConfig, adapter: AdapterSpec, clock: Clock
+) -> list[_ServedStep]:
+    """Train a few samples: alone in windows of several sizes, then beside decodes."""
+    longest = min(config.max_model_len, _LONGEST_SAMPLE)
+    steps: list[_ServedStep] = []
+    begin_s = clock.now_s()
+    for window in _WINDOWS:
+        if window > longest or (steps and clock.now_s() - begin_s > config.time_limit_s / 2):
+            break
+        settings = FinetuneConfig(
+            policy=FinetunePolicy.FINETUNE_ONLY,
+            forward_window=window,
+            backward_window=window,
+            max_window_tokens=window,
+        )
+        # Small windows of a long sample would take for ever and teach no more.
+        length = min(longest, 4 * window)
+        steps += _train(executor, config, adapter, clock, settings, (length,) * 2, num_requests=0)
+    num_requests = min(4, executor.info.max_num_seqs)
+    for tokens, layers in ((32, 1), (128, 2)):
+        settings = FinetuneConfig(
+            policy=FinetunePolicy.BUDGET, budget_tokens=tokens, budget_layers=layers
+        )
+        length = min(longest, 2 * tokens)
+        steps += _train(
+            executor, config, adapter, clock, settings, (length,), num_requests=num_requests
+        )
+    return steps
+
+
+def _train(
+    executor: BatchExecutor,
+    config: ProfileConfig,
+    adapter: AdapterSpec,
+    clock: Clock,
+    settings: FinetuneConfig,
+    lengths: Sequence[int],
+    *,
+    num_requests: int,
+) -> list[_ServedStep]:
+    info = executor.info
+    policy = CoServing(
+        PolicyConfig(
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        ),
+        info,
+        clock,
+        finetune=settings,
+    )
+    generator = np.random.default_rng(1)
+    samples = tuple(
+        TrainingSample(
+            token_ids=generator.integers(0, info.vocab_size, length).astype(np.int32),
+            label_weights=np.ones(length, np.float32),
+        )
+        for length in lengths
+    )
+    policy.add_job(FinetuneJobSpec(id=_PROFILED, adapter=adapter, samples=samples))
+    for number in range(num_requests):
+        count = max(1, min(16, config.max_model_len // 2))
+        name = f"beside-{number}"
+        policy.add(_request(name, count, count, generator, info, config))
+    steps = _run(policy, executor, clock)
+    for event in policy.take_finetune_events():
+        if isinstance(event, JobChanged) and event.adapter_id and isinstance(executor, AdapterHost):
+            ref = AdapterRef(id=event.adapter_id, version=event.adapter_version)
+            executor.unload_adapter(ref)
+    return steps
+
+
 def _request(
     name: str,
     num_prompt: int,
@@ -230,6 +315,7 @@ def _request(
 
 def _run(policy: ContinuousBatching, executor: BatchExecutor, clock: Clock) -> list[_ServedStep]:
     steps: list[_ServedStep] = []
+    counter = ShapeCounter(executor.info)
     while policy.has_work:
         start_s = clock.now_s()
         batch = policy.schedule()
@@ -243,12 +329,21 @@ def _run(policy: ContinuousBatching, executor: BatchExecutor, clock: Clock) -> l
         end_s = clock.now_s()
         steps.append(
             _ServedStep(
-                shape=iteration_shape(batch, executor.info),
+                shape=counter.count(batch),
                 device_s=collected_s - scheduled_s,
                 host_s=scheduled_s - start_s + end_s - collected_s,
             )
         )
     return steps
+
+
+def _equal_shapes(steps: Sequence[_ServedStep]) -> list[MeasuredStep]:
+    """One point for all iterations that carried exactly the same; empty ones are left out."""
+    groups: dict[IterationShape, list[float]] = defaultdict(list)
+    for step in steps:
+        if not step.shape.is_empty and step.device_s > 0:
+            groups[step.shape].append(step.device_s)
+    return [_step(shape, seconds) for shape, seconds in groups.items()]
 
 
 def _grouped(steps: Sequence[tuple[IterationShape, float]]) -> list[MeasuredStep]:

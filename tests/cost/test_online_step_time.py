@@ -1,0 +1,128 @@
+"""Predictions that learn: from wrong starts, past outliers, within bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from weft.base.errors import ConfigError
+from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
+from weft.cost.online_step_time import OnlineStepTime
+from weft.cost.step_time import IterationShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A closed form with a factor for each part."""
+
+    inference: float = 1.0
+    forward: float = 1.0
+    backward: float = 1.0
+    step: float = 1.0
+
+    def device_s(self, shape: IterationShape) -> float:
+        if shape.is_empty:
+            return 0.0
+        inference = 2e-3 + 1e-4 * shape.num_decode_rows + 1e-4 * shape.num_prefill_tokens
+        return (
+            self.inference * inference
+            + self.forward * 1e-4 * shape.num_ft_tokens
+            + self.backward * 2e-5 * shape.num_ft_token_layers
+            + self.step * 3e-3 * shape.num_ft_steps
+        )
+
+    def host_s(self, shape: IterationShape) -> float:
+        return 0.0
+
+
+def shapes(count: int, seed: int = 0) -> list[IterationShape]:
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        shape = IterationShape(
+            num_decode_rows=int(random.integers(1, 30)),
+            num_prefill_tokens=int(random.integers(0, 2)) * int(random.integers(16, 256)),
+        )
+        if random.random() < 0.5:
+            shape = replace(shape, num_ft_tokens=int(random.integers(16, 256)))
+        if random.random() < 0.5:
+            shape = replace(
+                shape, num_ft_layer_rows=2, num_ft_token_layers=int(random.integers(50, 900))
+            )
+        if random.random() < 0.2:
+            shape = replace(shape, num_ft_steps=1)
+        made.append(shape)
+    return made
+
+
+def errors(model: OnlineStepTime, truth: Machine) -> np.ndarray:
+    return np.array([model.seconds(s) / truth.device_s(s) - 1 for s in shapes(100, seed=9)])
+
+
+def test_each_part_is_learnt_by_itself() -> None:
+    truth = Machine(inference=1.5, forward=0.7, backward=2.5, step=1.2)
+    model = OnlineStepTime(Machine())
+    assert np.abs(errors(model, truth)).max() > 0.3
+    for shape in shapes(256):
+        model.observe(shape, truth.device_s(shape))
+    assert np.abs(errors(model, truth)).max() < 0.05
+    assert model.residual < 0.05
+
+
+def test_slow_iterations_now_and_then_move_nothing() -> None:
+    random = np.random.default_rng(1)
+    model = OnlineStepTime(Machine())
+    for shape in shapes(256):
+        slow = 20.0 if random.random() < 0.04 else 1.0
+        model.observe(shape, slow * Machine().device_s(shape))
+    assert np.abs(errors(model, Machine())).max() < 0.05
+    assert model.residual < 0.1
+
+
+def test_noise_is_kept_free_above_predictions() -> None:
+    random = np.random.default_rng(2)
+    model = OnlineStepTime(Machine())
+    for shape in shapes(256):
+        model.observe(shape, Machine().device_s(shape) * random.uniform(0.8, 1.2))
+    over = [
+        Machine().device_s(s) * random.uniform(0.8, 1.2) > model.upper_s(s)
+        for s in shapes(400, seed=5)
+    ]
+    assert np.mean(over) < 0.1
+    assert 0.05 < model.residual < 0.35
+
+
+def test_factors_stay_within_bounds() -> None:
+    model = OnlineStepTime(Machine())
+    for shape in shapes(64):
+        model.observe(shape, 1000.0)
+    assert max(model.factors) <= 4.0
+    for shape in shapes(512):
+        model.observe(shape, 1e-9)
+    assert min(model.factors) >= 0.25
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        before = model.factors
+        model.observe(shapes(1)[0], bad)
+        assert model.factors == before
+
+
+@pytest.mark.parametrize("speed", [0.2, 1.0, 30.0])
+def test_without_a_model_it_learns_from_nothing(speed: float) -> None:
+    truth = Machine(inference=speed, forward=speed, backward=speed, step=speed)
+    model = OnlineStepTime(None, num_layers=4)
+    for shape in shapes(256):
+        model.observe(shape, truth.device_s(shape))
+    assert np.median(np.abs(errors(model, truth))) < 0.1
+
+
+def test_a_profile_brings_its_own_residual() -> None:
+    points = [
+        MeasuredStep(shape=shape, seconds=Machine().device_s(shape) * (1.3 if i % 5 == 0 else 1.0))
+        for i, shape in enumerate(shapes(60))
+    ]
+    profile = StepTimeProfile.fitted(model="m", dtype="f", device="d", device_points=points)
+    assert OnlineStepTime(profile).residual == pytest.approx(profile.device_fit.residuals.p95)
+    with pytest.raises(ConfigError, match="num_layers"):
+        OnlineStepTime(None, num_layers=0)
