@@ -141,8 +141,11 @@ def _user_model(spec: str, options: Mapping[str, Any], device: str) -> ZooModel:
         raise ModelLoadError(
             f"module {path!r} has no function {attribute!r}; a model is `package.module:function`"
         ) from None
-    with torch.device(device):
-        result = function(**options)
+    try:
+        with torch.device(device):
+            result = function(**options)
+    except Exception as error:  # the user's code: any type may come
+        raise ModelLoadError(f"{spec!r} failed: {type(error).__name__}: {error}") from error
     if isinstance(result, ZooModel):
         return result
     if not (isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) == 2):
