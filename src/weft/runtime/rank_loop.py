@@ -18,7 +18,7 @@ from weft.runtime.grad_sync import GradientSync
 from weft.runtime.measured import LoopRecord
 from weft.runtime.micro_batch import MicroBatch, WeightHalf
 from weft.runtime.rank_program import BoundAction, Piece, RankPlan, StageShape
-from weft.runtime.stage_cut import CutEdge, StageCut, StageProgram
+from weft.runtime.stage_program import CutEdge, StageCut, StageProgram
 from weft.runtime.transport import Handle, PeerTimeoutError, Transport
 from weft.runtime.whole_batch import WholeBatch
 

@@ -14,7 +14,7 @@ from weft.plan.compute_index import ComputeIndex
 from weft.plan.messages import MessageTable, dependencies
 from weft.plan.program import Program
 from weft.plan.schedule import Schedule, ScheduleError
-from weft.runtime.stage_cut import CutEdge, StageCut
+from weft.runtime.stage_program import CutEdge, StageCut
 
 _BODY_OF_LONG_RUN = 4
 """Steps after which a schedule without flushes repeats: first, two in the middle, last."""

@@ -19,8 +19,8 @@ from weft.runtime.grad_sync import GradientGroup, GradientSync
 from weft.runtime.param_init import WeightSource
 from weft.runtime.rank_loop import RankLoop, StageRun
 from weft.runtime.rank_program import RankPlan
-from weft.runtime.stage_cut import StageCut
 from weft.runtime.stage_module import StageModule
+from weft.runtime.stage_program import StageCut
 from weft.runtime.transport import Transport
 
 

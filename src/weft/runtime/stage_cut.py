@@ -9,143 +9,29 @@ computed from the number of samples at hand, so no stage needs a tensor for its 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph as FxGraph
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from weft.base.errors import IntegrityError, UnsupportedError
 from weft.graph.aten import SHAPE_ONLY
 from weft.graph.capture import Capture
 from weft.plan.train_plan import PlanError, TrainPlan
-from weft.runtime import seeded_dropout
-from weft.runtime.block_program import move_node, region_on
-from weft.runtime.micro_batch import split_linear
-
-_DROPOUTS = frozenset({"dropout", "dropout_"})
-_FEATURE_DROPOUTS = frozenset({"feature_dropout", "feature_dropout_"})
-_RANDOM = frozenset(
-    {
-        *("native_dropout", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "bernoulli_"),
-        *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "multinomial"),
-        *("normal", "normal_", "uniform_", "exponential_", "randperm", "poisson"),
-        *("rrelu", "rrelu_with_noise"),
-    }
+from weft.runtime.aten_nodes import RANDOM, STATISTICS, aten_name, size_value, without_writes
+from weft.runtime.stage_program import (
+    CutEdge,
+    LeafInput,
+    StageCut,
+    StageProgram,
+    Tail,
+    TensorSpec,
 )
-_STATISTICS = frozenset({"batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSpec:
-    """A tensor that crosses between stages: dtype and, for any number of samples, its shape.
-
-    `sizes` holds (per sample, fixed) for each axis: an axis is per_sample * n + fixed long for n
-    samples. `axis` is the one that holds the samples; None where there is none. `is_shared` says
-    that the samples do not enter at all: the tensor comes from parameters and constants alone.
-    """
-
-    name: str
-    dtype: torch.dtype
-    sizes: tuple[tuple[int, int], ...]
-    axis: int | None
-    needs_grad: bool
-    is_shared: bool = False
-
-    @property
-    def per_sample(self) -> int:
-        """Entries of the sample axis that belong to one sample."""
-        return 0 if self.axis is None else self.sizes[self.axis][0]
-
-    def shape(self, num_samples: int) -> tuple[int, ...]:
-        """The shape for `num_samples` samples."""
-        return tuple(slope * num_samples + fixed for slope, fixed in self.sizes)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CutEdge:
-    """What one stage hands to another: `outputs[i]` of the source is `inputs[i]` of the target."""
-
-    source: int
-    target: int
-    tensors: tuple[TensorSpec, ...]
-    outputs: tuple[int, ...]
-    inputs: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeafInput:
-    """An input of a stage that comes from the data: the leaf's index in `Capture.leaves`."""
-
-    position: int
-    leaf: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageProgram:
-    """One stage as a function of (MicroBatch, sizes..., inputs..., parameters..., buffers...).
-
-    It returns its outputs, then for a stage with losses (total, weight) of each. A `weight` of
-    None in `losses` stands for the number of samples, and the total for a mean.
-    """
-
-    index: int
-    module: GraphModule
-    sizes: tuple[tuple[int, int], ...]
-    num_inputs: int
-    leaves: tuple[LeafInput, ...]
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
-    num_outputs: int
-    losses: tuple[bool, ...]
-    """For each loss whether it is a pair."""
-    counts_samples: bool
-    """Whether the weight of means is counted here: once for all tasks."""
-    has_dropout: bool
-    tail: Tail | None = None
-
-    @property
-    def held_parameters(self) -> tuple[str, ...]:
-        """The parameters of the stage and its tail."""
-        more = () if self.tail is None else self.tail.program.parameters
-        return tuple(dict.fromkeys((*self.parameters, *more)))
-
-    @property
-    def held_buffers(self) -> tuple[str, ...]:
-        """The buffers of the stage and its tail."""
-        more = () if self.tail is None else self.tail.program.buffers
-        return tuple(dict.fromkeys((*self.buffers, *more)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tail:
-    """What a stage computes once for the whole batch: all that relates samples to each other.
-
-    `inputs[i]` of `program` is output `outputs[i]` of the stage, of all micro-batches together,
-    described by `tensors[i]`; its data leaves come as in any program.
-    """
-
-    program: StageProgram
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    tensors: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageCut:
-    """All stages of a plan and what crosses between them.
-
-    `fixed_batches` are inputs whose batch torch.export could not keep open, and its size.
-    """
-
-    stages: tuple[StageProgram, ...]
-    edges: Mapping[tuple[int, int], CutEdge]
-    loss_stages: tuple[int, ...]
-    fixed_batches: Mapping[str, int]
+from weft.runtime.stage_writer import Draft, StageWriter
 
 
 def cut_stages(
@@ -167,24 +53,15 @@ def cut_stages(
     Raises UnsupportedError for operators that a pipeline cannot run as one process would
     (BatchNorm in training, unseeded random numbers), PlanError where the plan lacks an edge.
     """
-    cutter = _Cutter(capture, plan, device, allow_mixing)
+    cutter = StageCutter(capture, plan, device, allow_mixing)
     cutter.split_backward, cutter.edge_dtype = split_backward, edge_dtype
     cutter.whole_batch = whole_batch
     return cutter.cut()
 
 
-@dataclass(kw_only=True)
-class _Draft:
-    """A stage while its needs are collected."""
+class StageCutter:
+    """Decides which stage computes what; see `cut_stages`."""
 
-    roots: list[Node] = field(default_factory=list)
-    inside: set[Node] = field(default_factory=set)
-    incoming: dict[Node, int] = field(default_factory=dict)
-    """Nodes of other stages that it reads, and their stage."""
-    placeholders: set[Node] = field(default_factory=set)
-
-
-class _Cutter:
     def __init__(
         self, capture: Capture, plan: TrainPlan, device: torch.device, allow_mixing: bool
     ) -> None:
@@ -192,7 +69,7 @@ class _Cutter:
         self.allow_mixing = allow_mixing
         self.split_backward = False
         self.whole_batch = False
-        self.tails: dict[int, _Draft] = {}
+        self.tails: dict[int, Draft] = {}
         self.edge_dtype: torch.dtype | None = None
         self.nodes = list(capture.program.graph.nodes)
         self.by_name = {node.name: node for node in self.nodes}
@@ -201,7 +78,7 @@ class _Cutter:
         holders = [n for n in self.nodes if n.op == "placeholder"]
         self.specs = dict(zip(holders, signature.input_specs, strict=True))
         self.leaf_of = {leaf.name: i for i, leaf in enumerate(capture.leaves)}
-        self.arguments = _without_writes(self.nodes)
+        self.arguments = without_writes(self.nodes)
         self.ops_of_node: dict[Node, list[str]] = {}
         for op_id, names in capture.nodes.items():
             for name in names:
@@ -209,7 +86,7 @@ class _Cutter:
         self.owner: dict[Node, int] = {}
         self._assign_owners()
         self._check_nodes()
-        self.drafts = [_Draft() for _ in plan.stages]
+        self.drafts = [Draft() for _ in plan.stages]
         self.symbols = self._symbols()
         self.from_data = self._from_data()
         if not allow_mixing:
@@ -268,14 +145,14 @@ class _Cutter:
         for node in self.nodes:
             if node.op != "call_function":
                 continue
-            name = _aten_name(node)
-            where = self._where(node)
-            if name in _STATISTICS and self._uses_batch_statistics(node, name):
+            name = aten_name(node)
+            where = self.where(node)
+            if name in STATISTICS and self._uses_batch_statistics(node, name):
                 raise UnsupportedError(
                     f"{where} is BatchNorm in training mode, whose statistics depend on how the "
                     "batch is cut; use GroupNorm or LayerNorm, or put it in eval mode"
                 )
-            if name in _RANDOM:
+            if name in RANDOM:
                 raise UnsupportedError(
                     f"{where} draws random numbers ({node.target}) that would depend on the plan; "
                     "dropout, feature dropout and dropout of attention are seeded, nothing else is"
@@ -299,7 +176,7 @@ class _Cutter:
                 continue
             if sum(not isinstance(size, int) for size in value.shape) > 1:
                 raise UnsupportedError(
-                    f"{self._where(node)} relates the samples of a micro-batch to each other "
+                    f"{self.where(node)} relates the samples of a micro-batch to each other "
                     f"(shape {tuple(map(str, value.shape))}), so the result depends on how the "
                     "batch is cut; declare loss_scope='micro_batch' or 'global'"
                 )
@@ -309,7 +186,7 @@ class _Cutter:
         # aten.batch_norm(input, weight, bias, mean, var, training, ...)
         return bool(node.args[5]) if name in ("batch_norm", "cudnn_batch_norm") else True
 
-    def _where(self, node: Node) -> str:
+    def where(self, node: Node) -> str:
         ops = self.ops_of_node.get(node)
         return f"operator {ops[0]!r}" if ops else f"node {node.name!r}"
 
@@ -340,31 +217,31 @@ class _Cutter:
             if here in self.owner:
                 found.add(self.owner[here])
             else:
-                stack.extend(self._reads(here))
+                stack.extend(self.reads(here))
         return max(found, key=order.__getitem__)
 
-    def _reads(self, node: Node) -> list[Node]:
-        whole = self._broadcast_of(node)
+    def reads(self, node: Node) -> list[Node]:
+        whole = self.broadcast_of(node)
         if whole is not None:
             return [whole]
         args, kwargs = self.arguments.get(node, (node.args, node.kwargs))
         return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Node)]
 
-    def _broadcast_of(self, node: Node) -> Node | None:
+    def broadcast_of(self, node: Node) -> Node | None:
         """The tensor that a node is an expansion of: one result of broadcast_tensors."""
         source = node.args[0] if node.target is operator.getitem else None
-        if not isinstance(source, Node) or _aten_name(source) != "broadcast_tensors":
+        if not isinstance(source, Node) or aten_name(source) != "broadcast_tensors":
             return None
         parts = self.arguments[source][0][0]
         return parts[node.args[1]]
 
-    def _collect(self, index: int, draft: _Draft, roots: Sequence[Node]) -> None:
+    def _collect(self, index: int, draft: Draft, roots: Sequence[Node]) -> None:
         stack = list(roots)
         while stack:
             node = stack.pop()
             if node in draft.inside or node in draft.incoming or node in draft.placeholders:
                 continue
-            if _size_value(node) is not None:
+            if size_value(node) is not None:
                 continue  # From the number of samples.
             if node.op == "placeholder":
                 draft.placeholders.add(node)
@@ -377,23 +254,23 @@ class _Cutter:
             draft.inside.add(node)
             stack.extend(self._operands(node, index))
 
-    def _collect_tail(self, index: int, losses: Sequence[Node]) -> _Draft:
+    def _collect_tail(self, index: int, losses: Sequence[Node]) -> Draft:
         """What a loss stage computes for the whole batch; `incoming` is what it needs of it."""
         late = self._late_nodes()
         elsewhere = [n for n in late if self.owner.get(n, index) != index]
         if elsewhere:
             raise UnsupportedError(
-                f"{self._where(elsewhere[0])} in stage {self.owner[elsewhere[0]]} relates samples "
+                f"{self.where(elsewhere[0])} in stage {self.owner[elsewhere[0]]} relates samples "
                 f"to each other, but the loss is in stage {index}; with loss_scope='global' keep "
                 "everything from there on in the stage of the loss"
             )
-        draft = _Draft()
+        draft = Draft()
         stack = list(losses)
         while stack:
             node = stack.pop()
             if node in draft.inside or node in draft.incoming or node in draft.placeholders:
                 continue
-            if _size_value(node) is not None:
+            if size_value(node) is not None:
                 continue
             if node.op == "placeholder":
                 draft.placeholders.add(node)
@@ -416,20 +293,20 @@ class _Cutter:
         losses = {op.id for op in self.capture.graph.ops if op.is_loss}
         found: set[Node] = set()
         for node in self.nodes:
-            if node.op != "call_function" or _size_value(node) is not None:
+            if node.op != "call_function" or size_value(node) is not None:
                 continue
             value = node.meta.get("val")
             sizes = value.shape if isinstance(value, Tensor) else ()
             if (
                 sum(self.size(size)[0] > 0 for size in sizes) > 1
                 or not losses.isdisjoint(self.ops_of_node.get(node, ()))
-                or not found.isdisjoint(self._reads(node))
+                or not found.isdisjoint(self.reads(node))
             ):
                 found.add(node)
         return found
 
     def _with_tail(
-        self, index: int, draft: _Draft, outputs: Sequence[Node], losses: Sequence[Node]
+        self, index: int, draft: Draft, outputs: Sequence[Node], losses: Sequence[Node]
     ) -> StageProgram:
         tail = self.tails[index]
         inputs = self.inputs_of(tail)
@@ -451,7 +328,7 @@ class _Cutter:
         is_shared = not axes and node not in self.from_data
         if not is_shared and (len(axes) != 1 or sizes[axes[0]] != (1, 0)):
             raise UnsupportedError(
-                f"{self._where(node)} has no axis with one entry a sample, so the whole batch of "
+                f"{self.where(node)} has no axis with one entry a sample, so the whole batch of "
                 "it cannot be gathered; loss_scope='micro_batch' does not need to"
             )
         return TensorSpec(
@@ -467,21 +344,21 @@ class _Cutter:
         edge = self.plan.edge_by_pair.get((source, target))
         if edge is None or edge.is_order_only:
             raise PlanError(
-                f"stage {target} reads {node.name!r} of {self._where(node)} in stage {source}, but "
+                f"stage {target} reads {node.name!r} of {self.where(node)} in stage {source}, but "
                 "the plan has no edge with bytes between them; plan again from this capture"
             )
         self.drafts[source].roots.append(node)
 
     def _operands(self, node: Node, index: int) -> list[Node]:
         """What must be there for a node; not the operands that it reads for their shape alone."""
-        shape_only = self._shape_operands(node)
+        shape_only = self.shape_operands(node)
         return [
-            n for n in self._reads(node) if n not in shape_only or self.owner.get(n, index) == index
+            n for n in self.reads(node) if n not in shape_only or self.owner.get(n, index) == index
         ]
 
     @staticmethod
-    def _shape_operands(node: Node) -> frozenset[Node]:
-        name = _aten_name(node)
+    def shape_operands(node: Node) -> frozenset[Node]:
+        name = aten_name(node)
         position = 0 if name in SHAPE_ONLY else 1
         if name not in SHAPE_ONLY and name not in ("expand_as", "view_as", "reshape_as", "type_as"):
             return frozenset()
@@ -491,9 +368,9 @@ class _Cutter:
     # Writing the programs
 
     def _program(
-        self, index: int, draft: _Draft, outputs: Sequence[Node], losses: Sequence[Node]
+        self, index: int, draft: Draft, outputs: Sequence[Node], losses: Sequence[Node]
     ) -> StageProgram:
-        writer = _Writer(self, index, draft)
+        writer = StageWriter(self, index, draft)
         module = writer.write(outputs, losses)
         num_pairs = [bool(loss.total) for loss in self.capture.losses]
         return StageProgram(
@@ -514,7 +391,7 @@ class _Cutter:
             has_dropout=writer.has_dropout,
         )
 
-    def inputs_of(self, draft: _Draft) -> list[Node]:
+    def inputs_of(self, draft: Draft) -> list[Node]:
         """A stage's inputs in order: data leaves, then tensors of other stages."""
         data = [n for n in draft.placeholders if self.specs[n].kind.name == "USER_INPUT"]
         incoming = sorted(draft.incoming, key=self.position.__getitem__)
@@ -562,10 +439,8 @@ class _Cutter:
                 leaf = self.leaf_of.get(node.name)
                 if leaf is not None and self.capture.leaves[leaf].batch_axis is not None:
                     found.add(node)
-            elif _size_value(node) is None and any(
-                read in found
-                for read in self._reads(node)
-                if read not in self._shape_operands(node)
+            elif size_value(node) is None and any(
+                read in found for read in self.reads(node) if read not in self.shape_operands(node)
             ):
                 found.add(node)
         return found
@@ -615,264 +490,6 @@ class _Cutter:
                 f"size {expr} is not a fixed number of entries per sample; it cannot be cut"
             )
         return (slope, fixed)
-
-
-class _Writer:
-    """Writes one stage's GraphModule."""
-
-    def __init__(self, cutter: _Cutter, index: int, draft: _Draft) -> None:
-        self.cutter, self.index, self.draft = cutter, index, draft
-        self.graph = FxGraph()
-        self.copied: dict[Node, Node] = {}
-        self.sizes: list[tuple[int, int]] = []
-        self.size_nodes: dict[tuple[int, int], Node] = {}
-        self.inputs = cutter.inputs_of(draft)
-        self.parameters: list[str] = []
-        self.buffers: list[str] = []
-        self.regions: dict[str, GraphModule] = {}
-        self.has_dropout = False
-
-    def write(self, outputs: Sequence[Node], losses: Sequence[Node]) -> GraphModule:
-        """The stage as a module of its placeholders."""
-        cutter, order = self.cutter, self.cutter.position
-        inside = sorted(self.draft.inside, key=order.__getitem__)
-        self.key = self.graph.placeholder("call")
-        for size in self._size_list(inside, losses):
-            self._size_placeholder(size)
-        for node in self.inputs:
-            self.copied[node] = self.graph.placeholder(node.name)
-        self._weights()
-        for node in inside:
-            self._copy(node)
-        values = [self._value(node) for node in (*outputs, *losses)]
-        self.graph.output(tuple(values))
-        module = GraphModule(cutter.capture.program.graph_module, self.graph)
-        for name, region in self.regions.items():
-            setattr(module, name, region)
-        return module
-
-    def _size_list(self, inside: Sequence[Node], losses: Sequence[Node]) -> list[tuple[int, int]]:
-        found: dict[tuple[int, int], None] = {}
-        for node in inside:
-            for read in self.cutter._reads(node):
-                size = _size_value(read)
-                if size is not None:
-                    found[self.cutter.size(size)] = None
-            shaped = [*self.cutter._shape_operands(node)]
-            shaped += [node] if self.cutter._broadcast_of(node) is not None else []
-            for operand in shaped:
-                for size in operand.meta["val"].shape:
-                    found[self.cutter.size(size)] = None
-        for node in losses:
-            size = _size_value(node)
-            if size is not None:
-                found[self.cutter.size(size)] = None
-        return [size for size in found if size[0]]
-
-    def _size_placeholder(self, size: tuple[int, int]) -> None:
-        self.size_nodes[size] = self.graph.placeholder(f"size_{len(self.sizes)}")
-        self.sizes.append(size)
-
-    def _size(self, size: Any) -> Node | int:
-        linear = self.cutter.size(size)
-        return self.size_nodes[linear] if linear[0] else linear[1]
-
-    def _value(self, node: Node) -> Any:
-        size = _size_value(node)
-        return self.copied[node] if size is None else self._size(size)
-
-    def _weights(self) -> None:
-        """Placeholders of parameters, then of buffers; a tied parameter has one."""
-        cutter = self.cutter
-        by_name: dict[str, Node] = {}
-        held = sorted(self.draft.placeholders - set(self.inputs), key=cutter.position.__getitem__)
-        for wanted, names in (("PARAMETER", self.parameters), ("", self.buffers)):
-            for node in held:
-                spec = cutter.specs[node]
-                if (spec.kind.name == "PARAMETER") != (wanted == "PARAMETER"):
-                    continue
-                name = str(spec.target).removeprefix("module.")
-                name = cutter.capture.canonical.get(name, name)
-                if name not in by_name:
-                    by_name[name] = self.graph.placeholder(node.name)
-                    names.append(name)
-                self.copied[node] = by_name[name]
-
-    def _copy(self, node: Node) -> None:
-        args, kwargs = self.cutter.arguments.get(node, (node.args, node.kwargs))
-        name = _aten_name(node)
-        if node.op == "get_attr":
-            self.copied[node] = self.graph.get_attr(str(node.target))
-            region = getattr(self.cutter.capture.program.graph_module, str(node.target), None)
-            if isinstance(region, GraphModule):
-                _refuse_random(region, self.cutter._where(node))
-                self.regions[str(node.target)] = region_on(region, self.cutter.device)
-            return
-        whole = self.cutter._broadcast_of(node)
-        if whole is not None:
-            sizes = [self._size(size) for size in node.meta["val"].shape]
-            self.copied[node] = self.graph.call_function(
-                torch.ops.aten.expand.default, (self._value(whole), sizes)
-            )
-            return
-        shape_only = self.cutter._shape_operands(node)
-        stand_ins = {n: self._stand_in(n) for n in shape_only if n not in self.copied}
-
-        def here(value: Node) -> Any:
-            return stand_ins[value] if value in stand_ins else self._value(value)
-
-        args, kwargs = pytree.tree_map_only(Node, here, (args, dict(kwargs)))
-        seeded = self._seeded(node, name, args, kwargs)
-        if seeded is not None:
-            self.copied[node] = seeded
-            return
-        if name == "linear" and self.cutter.split_backward:
-            bias = args[2] if len(args) > 2 else None
-            copied = self.graph.call_function(split_linear, (args[0], args[1], bias, self.key))
-            self.copied[node] = copied
-            return
-        target = _functional(node) or node.target
-        copied = self.graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
-        move_node(copied, self.cutter.device)
-        self.copied[node] = copied
-
-    def _stand_in(self, node: Node) -> Node:
-        """A tensor of a node's shape and dtype that holds one element."""
-        value: Tensor = node.meta["val"]
-        one = self.graph.call_function(
-            torch.ops.aten.empty.memory_format,
-            ([],),
-            {"dtype": value.dtype, "device": self.cutter.device},
-        )
-        sizes = [self._size(size) for size in value.shape]
-        return self.graph.call_function(torch.ops.aten.expand.default, (one, sizes))
-
-    def _seeded(self, node: Node, name: str, args: Any, kwargs: Any) -> Node | None:
-        number = seeded_dropout.operator_number(node.name)
-        if name in _DROPOUTS or name in _FEATURE_DROPOUTS:
-            if not (args[1] > 0 and args[2]):
-                return args[0]
-            function = (
-                seeded_dropout.dropout if name in _DROPOUTS else seeded_dropout.feature_dropout
-            )
-            axis = self._sample_axis(node.args[0])
-            self.has_dropout = True
-            return self.graph.call_function(function, (args[0], args[1], self.key, number, axis))
-        if name == "scaled_dot_product_attention":
-            full = dict(
-                zip(("q", "k", "v", "mask", "probability", "is_causal"), args, strict=False)
-            )
-            names = {"attn_mask": "mask", "dropout_p": "probability", "is_causal": "is_causal"}
-            full |= {names[key]: kwargs[key] for key in kwargs if key in names}
-            if not full.get("probability"):
-                return None
-            self.has_dropout = True
-            return self.graph.call_function(
-                seeded_dropout.attention,
-                (
-                    *(full[key] for key in ("q", "k", "v")),
-                    full.get("mask"),
-                    full["probability"],
-                    full.get("is_causal", False),
-                    kwargs.get("scale"),
-                    kwargs.get("enable_gqa", False),
-                    self.key,
-                    number,
-                    self._sample_axis(node.args[0]),
-                ),
-            )
-        return None
-
-    def _sample_axis(self, node: Any) -> int | None:
-        sizes = [self.cutter.size(size) for size in node.meta["val"].shape]
-        axes = [i for i, (slope, _) in enumerate(sizes) if slope]
-        return axes[0] if len(axes) == 1 and sizes[axes[0]][1] == 0 else None
-
-
-def _aten_name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return getattr(schema, "name", str(node.target)).split("::")[-1]
-
-
-def _size_value(node: Node) -> Any:
-    """The symbolic or plain number that a node stands for; None for tensors and the like."""
-    value = node.meta.get("val")
-    return value if isinstance(value, torch.SymInt | int) and node.op != "placeholder" else None
-
-
-def _refuse_random(region: GraphModule, where: str) -> None:
-    for node in region.graph.nodes:
-        name = _aten_name(node)
-        active = name in _DROPOUTS | _FEATURE_DROPOUTS and node.args[1] > 0 and node.args[2]  # type: ignore[operator]
-        if name in _RANDOM or active:
-            raise UnsupportedError(
-                f"{where} draws random numbers ({node.target}) inside a region of the program; "
-                "move the dropout out of the no-grad, autocast or checkpoint block"
-            )
-
-
-def _writes_first(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    first = schema.arguments[0].alias_info if schema and schema.arguments else None
-    return bool(first and first.is_write)
-
-
-def _functional(node: Node) -> Any:
-    """The operator that returns what this in-place one writes, or None where it writes nothing."""
-    if not _writes_first(node):
-        return None
-    packet = getattr(torch.ops.aten, _aten_name(node).removesuffix("_"), None)
-    overload = getattr(node.target, "_overloadname", "default")
-    found = getattr(packet, overload, None) if packet is not None else None
-    if found is None:
-        raise UnsupportedError(
-            f"node {node.name!r} writes in place ({node.target}) and has no form that does not; "
-            "use the out-of-place operator"
-        )
-    return found
-
-
-def _without_writes(nodes: Sequence[Node]) -> dict[Node, tuple[Any, Any]]:
-    """Arguments of every node once in-place operators return new tensors instead.
-
-    Later readers of a written tensor read the new one. A tensor that is written through a view, or
-    has views that are read later, cannot be treated so: UnsupportedError.
-    """
-    current: dict[Node, Node] = {}
-    found: dict[Node, tuple[Any, Any]] = {}
-    position = {node: i for i, node in enumerate(nodes)}
-    for node in nodes:
-
-        def now(value: Node) -> Node:
-            while value in current:
-                value = current[value]
-            return value
-
-        mapped = pytree.tree_map_only(Node, now, (node.args, dict(node.kwargs)))
-        found[node] = (mapped[0], mapped[1])
-        if node.op == "call_function" and _writes_first(node) and "_assert" not in str(node.target):
-            written = mapped[0][0]
-            if _is_view_of_other(written) or any(
-                _is_view_of_other(user) and any(position[u] > position[node] for u in user.users)
-                for user in written.users
-                if position[user] < position[node]
-            ):
-                raise UnsupportedError(
-                    f"node {node.name!r} ({node.target}) writes into a tensor that is a view or "
-                    "has views; use the out-of-place operator"
-                )
-            current[written] = node
-    return found
-
-
-def _is_view_of_other(node: Any) -> bool:
-    if not isinstance(node, Node) or node.op != "call_function":
-        return False
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.arguments or not schema.returns:
-        return False
-    first, result = schema.arguments[0].alias_info, schema.returns[0].alias_info
-    return bool(first and result and not first.is_write)
 
 
 def check_edges(cut: StageCut, plan: TrainPlan) -> None:

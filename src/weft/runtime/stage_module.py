@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weft.runtime.micro_batch import MicroBatch
-from weft.runtime.stage_cut import StageProgram
+from weft.runtime.stage_program import StageProgram
 
 
 class StageModule(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weft.base.errors import IntegrityError
 from weft.runtime.micro_batch import MicroBatch
-from weft.runtime.stage_cut import Tail, TensorSpec
+from weft.runtime.stage_program import Tail, TensorSpec
 from weft.runtime.transport import Handle
 
 if TYPE_CHECKING:
