@@ -165,6 +165,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="a100-80")
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--real-model", choices=["rand110", "embedded"], default="rand110")
+    parser.add_argument("--profile-time-s", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--embedded-model", type=Path)
     parser.add_argument("--cache", type=Path, default=Path(".bench"))
