@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from weft.base.errors import UnsupportedError
+from weft.graph.adapter_spec import AdapterKind, BypassTarget, Module
+from weft.model.adapters.table import AdapterTable, Field, Linear
+from weft.model.adapters.weights import AdapterWeights, FrozenBypass, collect_layers, pack
 from weft.model.forward_step import ChunkRow, ForwardStep, GroupStep, KvLayer, RopeRows
 from weft.model.kernels import triton_ops
 from weft.model.kernels.interface import AttentionShape, HeadNorms
 from weft.model.kernels.torch_kernels import TorchKernels
 from weft.model.kernels.triton_kernels import TritonKernels, TritonLinear
+from weft.model.kernels.triton_lora import TritonGrouped
 from weft.model.linear import DenseLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,3 +180,77 @@ def test_float64_is_refused_by_name():
     shape = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=8, norm_eps=1e-5)
     with pytest.raises(UnsupportedError, match=r"float64.*TorchKernels"):
         TritonKernels(shape, dtype=torch.float64, num_programs=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF_DTYPE])
+def test_adapters_of_many_rows_equal_each_by_itself(dtype: torch.dtype) -> None:
+    """Two linears of one input with LoRA and (IA)³, then a bottleneck, rows without any between."""
+    torch.manual_seed(0)
+    hidden, widths = 40, (48, 24)
+    config = SimpleNamespace(num_layers=1)
+    linears = (
+        Linear(module=Module.Q_PROJ, name="", begin=0, width=widths[0]),
+        Linear(module=Module.K_PROJ, name="", begin=widths[0], width=widths[1]),
+    )
+    sub_layer = Linear(module=Module.MLP, name="", begin=0, width=hidden)
+
+    def bypass(part: Linear, rank: int, scale: float, **shapes: tuple[int, ...]) -> FrozenBypass:
+        target = BypassTarget(
+            layer=0,
+            module=part.module,
+            in_features=hidden,
+            out_features=part.width,
+            rank=rank,
+            scale=scale,
+        )
+        weights = {name: random(*shape, dtype=dtype) * 0.3 for name, shape in shapes.items()}
+        return FrozenBypass(target=target, weights=weights, activation="silu")
+
+    def adapter(kind: AdapterKind, *bypasses: FrozenBypass) -> AdapterWeights:
+        layers = collect_layers(bypasses, config.num_layers)
+        return pack(AdapterWeights(kind=kind, layers=layers), DEVICE)
+
+    def lora(*ranks: int) -> AdapterWeights:
+        pairs = zip(linears, ranks, strict=False)
+        return adapter(
+            AdapterKind.LORA,
+            *(bypass(p, r, 0.5, A=(r, hidden), B=(p.width, r)) for p, r in pairs),
+        )
+
+    deep = {"down": (21, hidden), "down_bias": (21,), "up": (hidden, 21), "up_bias": (hidden,)}
+    adapters = [
+        lora(3, 17),
+        lora(8),
+        adapter(AdapterKind.IA3, bypass(linears[1], 0, 1.0, l=(widths[1],))),
+        adapter(AdapterKind.BOTTLENECK, bypass(sub_layer, 21, 1.0, **deep)),
+    ]
+    kernels = TritonGrouped(dtype, torch.device(DEVICE))
+    table = AdapterTable(config.num_layers, kernels)
+    slots = [table.add(one) for one in adapters]
+    assert None not in slots
+    order = np.array([0, -1, 1, 2, 3, 0, -1, 2], np.int64)
+    rows = table.rows(order, torch.from_numpy(order).to(DEVICE))
+    x, outputs = random(8, hidden, dtype=dtype), random(8, sum(widths), dtype=dtype)
+    found, deep_found = outputs.clone(), x.clone()
+    kernels.add_low_rank(x, found, linears, rows, 0)
+    kernels.scale(found, linears, rows, 0, Field.SCALE_OUTPUT)
+    kernels.add_low_rank(deep_found, deep_found, (sub_layer,), rows, 0)
+    wanted, deep_wanted = outputs.float(), x.float()
+    for row, slot in enumerate(order.tolist()):
+        for one in adapters[slot] if slot >= 0 else ():
+            w = {name: weight.float() for name, weight in one.weights.items()}
+            part = next(p for p in (*linears, sub_layer) if p.module == one.target.module)
+            view = wanted[row, part.begin : part.begin + part.width]
+            if "A" in w:
+                view += 0.5 * w["B"] @ (w["A"] @ x[row].float())
+            elif "l" in w:
+                view *= w["l"]
+            else:
+                inner = torch.nn.functional.silu(w["down"] @ x[row].float() + w["down_bias"])
+                deep_wanted[row] += w["up"] @ inner + w["up_bias"]
+    bare, flat = torch.from_numpy(order < 0), torch.from_numpy(order != 3)
+    assert torch.equal(found[bare], outputs[bare])
+    assert torch.equal(deep_found[flat], x[flat])
+    limit = tolerance(dtype)
+    torch.testing.assert_close(found.float(), wanted, rtol=limit, atol=limit)
+    torch.testing.assert_close(deep_found.float(), deep_wanted, rtol=limit, atol=limit)

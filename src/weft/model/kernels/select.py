@@ -33,4 +33,9 @@ def choose_grouped(dtype: torch.dtype, device: torch.device) -> GroupedKernels |
     if device.type == "cpu":
         native = native_kernels()
         return CpuGrouped(native, dtype) if native and storage_of(dtype) is not None else None
+    if device.type == "cuda" and dtype is not torch.float64:
+        # Imported here: Triton comes with CUDA builds of torch only.
+        from weft.model.kernels.triton_lora import TritonGrouped
+
+        return TritonGrouped(dtype, device)
     return None
