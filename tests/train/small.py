@@ -31,9 +31,9 @@ class TwoBranches(nn.Module):
         return self.head(torch.cat((self.left(a), self.right(b)), dim=1))
 
 
-def squared(output: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def squared(output: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
     """Sum and weight."""
-    return ((output - wanted) ** 2).sum(), torch.full((), float(wanted.shape[0]))
+    return ((output - wanted) ** 2).sum(), wanted.shape[0]
 
 
 def model(width: int = 8, dropout: float = 0.1, double: bool = False) -> ZooModel:
