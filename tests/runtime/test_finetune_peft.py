@@ -54,16 +54,19 @@ def peft_step(
     dtype: torch.dtype,
 ) -> tuple[float, dict[str, Tensor]]:
     """PEFT's loss and gradients, its adapters in float32 as by default."""
-    model: Any = random_model(name).to(dtype)
-    targets = list(spec.target_modules)
+    model: Any = random_model(name)
+    model.to(dtype)
     if spec.kind is AdapterKind.IA3:
         config: Any = IA3Config(
-            target_modules=targets, feedforward_modules=list(spec.feedforward_modules)
+            target_modules=list(spec.target_modules),
+            feedforward_modules=list(spec.feedforward_modules),
         )
     else:
         every = spec.target_modules == "all-linear"
         config = LoraConfig(
-            r=spec.rank, lora_alpha=spec.alpha, target_modules="all-linear" if every else targets
+            r=spec.rank,
+            lora_alpha=int(spec.alpha),
+            target_modules="all-linear" if every else targets,
         )
     model = get_peft_model(model, config)
     parameters = dict(model.named_parameters())
@@ -79,9 +82,11 @@ def peft_step(
     labels = tokens.masked_fill(torch.from_numpy(sample.label_weights)[None] == 0, -100)
     loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
     loss.backward()
-    return loss.item(), {
-        key: parameter.grad.reshape(weights[key].shape) for key, parameter in found.items()
-    }
+    grads = {key: torch.zeros_like(weights[key]) for key in found}
+    for key, parameter in found.items():
+        assert parameter.grad is not None
+        grads[key] = parameter.grad.reshape(weights[key].shape)
+    return loss.item(), grads
 
 
 def our_step(
