@@ -62,12 +62,8 @@ def peft_step(
             feedforward_modules=list(spec.feedforward_modules),
         )
     else:
-        every = spec.target_modules == "all-linear"
-        config = LoraConfig(
-            r=spec.rank,
-            lora_alpha=int(spec.alpha),
-            target_modules="all-linear" if every else targets,
-        )
+        assert spec.target_modules == "all-linear"
+        config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules="all-linear")
     model = get_peft_model(model, config)
     parameters = dict(model.named_parameters())
     suffixes = {"A": "lora_A.default.weight", "B": "lora_B.default.weight", "l": "ia3_l.default"}
