@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from weft.graph.graph import Graph as Graph
     from weft.plan.api import plan as plan
     from weft.serve.llm import LLM as LLM
+    from weft.serve.lora_request import LoRARequest as LoRARequest
     from weft.serve.outputs import CompletionOutput as CompletionOutput
     from weft.serve.outputs import RequestOutput as RequestOutput
     from weft.sim.stage_executor import simulate as simulate
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _PUBLIC: dict[str, str] = {
     "LLM": "weft.serve.llm",
+    "LoRARequest": "weft.serve.lora_request",
     "CompletionOutput": "weft.serve.outputs",
     "RequestOutput": "weft.serve.outputs",
     "SamplingParams": "weft.engine.sampling",

@@ -56,6 +56,8 @@ FLAGS = {
     "--max-choices",
     "--max-logprobs",
     "--max-stop",
+    "--lora-modules",
+    "--adapter-root",
 }
 """The whole surface: a new flag is a decision, not an accident."""
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "serve.md"

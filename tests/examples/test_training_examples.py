@@ -93,6 +93,7 @@ def test_known_rules_fit_the_zoo_models(example: Any, name: str) -> None:
     assert not any({e.source, e.target} == {0, 1} for e in plan.edges)
 
 
+@pytest.mark.long
 def test_gpt_is_trained_exported_served_and_read_back(tmp_path: Path, example: Any) -> None:
     """Two ranks; the directory generates text, and its weights are the checkpoint's."""
     out, run_dir = tmp_path / "gpt", tmp_path / "run"

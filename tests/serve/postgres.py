@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -53,7 +54,7 @@ def running_postgres(binaries: Path) -> Generator[str]:
         yield f"postgresql://weft@/postgres?host={directory}"
     finally:
         if process is not None:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # SIGTERM would wait for clients to leave.
             process.wait(START_TIMEOUT_S)
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -149,6 +149,7 @@ def _tiny_model(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.long
 def test_kills_of_a_real_executor_leave_the_same_weights(tmp_path: Path) -> None:
     model = _tiny_model(tmp_path / "model")
     options = {"model_dir": str(model), "min_kills": 1}
