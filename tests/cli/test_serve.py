@@ -100,9 +100,12 @@ def test_the_flags_are_these_and_the_guide_names_them(capsys: pytest.CaptureFixt
         (["--host", "256.256.256.256"], "cannot be resolved"),
     ],
 )
-def test_settings_out_of_range_are_refused(arguments: list[str], message: str) -> None:
+def test_settings_out_of_range_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from weft.base.errors import WeftError
 
+    monkeypatch.chdir(tmp_path)  # A data directory of "." is made before its database is refused.
     with pytest.raises(WeftError, match=re.escape(message)):
         serve.main(arguments)
 
