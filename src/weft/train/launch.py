@@ -10,6 +10,7 @@ import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from weft.base.errors import WeftError
@@ -117,6 +118,8 @@ def process_group(device: str, timeout_s: float) -> Generator[int]:
     from torch.distributed.rendezvous import rendezvous
 
     backend = "nccl" if device.startswith("cuda") else "gloo"
+    if device == "cuda":  # Ranks of one machine take a device each.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=timeout_s)
     store, rank, num_ranks = next(iter(rendezvous("env://", timeout=timeout)))
     # A restarted rank must not find the address of a dead one in the agent's store.
