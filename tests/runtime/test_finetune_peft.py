@@ -135,8 +135,8 @@ def test_bfloat16_rounds_no_more_than_peft(
         _, peers = peft_step(name, LORA, weights, sample, torch.bfloat16)
         ours.append(_overall_error(found, exact))
         theirs.append(_overall_error(peers, exact))
-    record_property("ours", np.mean(ours))
-    record_property("peft", np.mean(theirs))
+    record_property("ours", float(np.mean(ours)))
+    record_property("peft", float(np.mean(theirs)))
     assert np.mean(ours) <= 1.5 * np.mean(theirs)
 
 
