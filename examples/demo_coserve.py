@@ -46,7 +46,7 @@ TRAFFIC = (
 JOB: dict[str, Any] = {
     "suffix": "orvane",
     "seed": 7,
-    "hyperparameters": {"n_epochs": 6, "batch_size": 4},
+    "hyperparameters": {"n_epochs": 9, "batch_size": 4},
     "weft": {"lora": {"r": 16, "alpha": 32.0}, "optimizer": {"lr": 2e-3}, "schedule": "linear"},
 }
 LOSS_MUST_FALL = 0.2
