@@ -13,11 +13,12 @@ import typer
 
 from weft.base.errors import ConfigError, WeftError
 from weft.cli.profile import parse_options
+from weft.engine.finetune import ScheduleName
 from weft.model.zoo.registry import ZooModel, resolve_model
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.runtime.param_init import SafetensorsWeights, empty_parameters
 from weft.runtime.stage_executor import LossScope
-from weft.train.config import OptimizerName, ScheduleName, TrainConfig
+from weft.train.config import OptimizerName, TrainConfig
 from weft.train.data import TrainData
 from weft.train.launch import is_worker, launch, log_to, note_failure, process_group
 from weft.train.trainer import Trainer, print_progress

@@ -58,6 +58,20 @@ class ScheduleName(StrEnum):
     COSINE = "cosine"
 
 
+def lr_factor(schedule: ScheduleName, step: int, *, num_warmup_steps: int, num_steps: int) -> float:
+    """The share of the peak learning rate at optimizer step `step`, counted from 0."""
+    if step < num_warmup_steps:
+        return step / max(1, num_warmup_steps)
+    progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
+    match schedule:
+        case ScheduleName.CONSTANT:
+            return 1.0
+        case ScheduleName.LINEAR:
+            return max(0.0, 1.0 - progress)
+        case ScheduleName.COSINE:
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSpec:
     """An optimizer and its learning rate's course.
@@ -94,14 +108,9 @@ class OptimizerSpec:
 
     def lr_at(self, step: int, num_steps: int) -> float:
         """The rate of optimizer step `step`, counted from 0, of `num_steps`."""
-        if step < self.num_warmup_steps:
-            return self.lr * step / max(1, self.num_warmup_steps)
-        if self.schedule is ScheduleName.CONSTANT:
-            return self.lr
-        progress = (step - self.num_warmup_steps) / max(1, num_steps - self.num_warmup_steps)
-        if self.schedule is ScheduleName.LINEAR:
-            return self.lr * max(0.0, 1.0 - progress)
-        return self.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return self.lr * lr_factor(
+            self.schedule, step, num_warmup_steps=self.num_warmup_steps, num_steps=num_steps
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

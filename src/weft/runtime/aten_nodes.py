@@ -25,6 +25,7 @@ STATISTICS = frozenset({"batch_norm", "_native_batch_norm_legit", "cudnn_batch_n
 
 
 def aten_name(node: Node) -> str:
+    """The operator that a node calls, without namespace and overload."""
     schema = getattr(node.target, "_schema", None)
     return getattr(schema, "name", str(node.target)).split("::")[-1]
 
@@ -36,6 +37,7 @@ def size_value(node: Node) -> Any:
 
 
 def refuse_random(region: GraphModule, where: str) -> None:
+    """Refuse a region that draws random numbers; UnsupportedError names the operator."""
     for node in region.graph.nodes:
         name = aten_name(node)
         active = name in DROPOUTS | FEATURE_DROPOUTS and node.args[1] > 0 and node.args[2]  # type: ignore[operator]

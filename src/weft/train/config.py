@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from weft.base.errors import ConfigError
 from weft.engine.config import check_whole
+from weft.engine.finetune import ScheduleName, lr_factor
 from weft.runtime.stage_executor import LossScope, OptimizerFactory
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -29,14 +30,6 @@ class OptimizerName(StrEnum):
     SGD = "sgd"
     ADAM = "adam"
     ADAMW = "adamw"
-
-
-class ScheduleName(StrEnum):
-    """Learning-rate schedules by name, with linear warm-up."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    COSINE = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +119,13 @@ def optimizer_factory(config: TrainConfig) -> OptimizerFactory:
 
 def scheduler_factory(config: TrainConfig) -> SchedulerFactory:
     """The named schedule; transformers' definitions."""
-    warmup, total = config.num_warmup_steps, config.num_steps
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return step / max(1, warmup)
-        progress = (step - warmup) / max(1, total - warmup)
-        match config.schedule:
-            case ScheduleName.CONSTANT:
-                return 1.0
-            case ScheduleName.LINEAR:
-                return max(0.0, 1.0 - progress)
-            case ScheduleName.COSINE:
-                return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return lr_factor(
+            config.schedule,
+            step,
+            num_warmup_steps=config.num_warmup_steps,
+            num_steps=config.num_steps,
+        )
 
     return lambda optimizer: LambdaLR(optimizer, factor)
