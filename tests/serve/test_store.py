@@ -277,7 +277,7 @@ def test_a_full_disk_is_an_error_with_a_name(store: Store, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("weft.serve.store.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         store.add_file("t", filename="a", purpose=Purpose.FINE_TUNE, data=b"x")
     assert store.files("t").items == []

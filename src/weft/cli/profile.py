@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from weft.base.durable import write_file
 from weft.base.errors import ConfigError
 from weft.cli import profile_serve
 from weft.cli.console import stdout_console
@@ -67,9 +67,7 @@ def profile(
         device_name=device_type or _local_device_type(device),
         progress=lambda done, total, name: console.print(f"[{done + 1}/{total}] {name}"),
     )
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(measured.profile.to_json())
-    os.replace(partial, out)
+    write_file(out, measured.profile.to_json().encode())
     rows = [
         {
             "block": times.op_id,

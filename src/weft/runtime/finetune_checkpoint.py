@@ -7,15 +7,13 @@ whatever has its final name is whole.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from weft.base.durable import write_directory
 from weft.base.errors import AdapterLoadError
 from weft.runtime.finetune_state import JobState
 
@@ -69,41 +67,6 @@ def load_checkpoint(job: JobState, path: Path) -> int:
     for key, value in job.optimizer.state.items():
         value.copy_(kept[key])
     return num_steps
-
-
-def write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory with files so that it appears under its name at once, and whole.
-
-    Raises:
-        OSError: as `write`, or from flushing and renaming; nothing is left behind then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write(partial)
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        if path.exists():
-            # A directory cannot be renamed onto one that holds files.
-            path.rename(old)
-        partial.rename(path)
-        _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _identity(job: JobState) -> dict[str, object]:

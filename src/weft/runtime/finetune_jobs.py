@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weft.base.errors import WeftError
+from weft.base.durable import write_directory
+from weft.base.errors import IntegrityError, WeftError
 from weft.engine.batch import AdapterRef, Batch, SegmentKind
 from weft.engine.finetune import (
     CheckpointSaved,
@@ -40,7 +41,7 @@ from weft.model.finetune.optimizer import clip_
 from weft.model.finetune.taps import SampleTaps, TappedRow
 from weft.model.forward_step import BypassGroup
 from weft.runtime.device_context import DeviceContext
-from weft.runtime.finetune_checkpoint import load_checkpoint, save_checkpoint, write_directory
+from weft.runtime.finetune_checkpoint import load_checkpoint, save_checkpoint
 from weft.runtime.finetune_state import JobState, SampleState
 from weft.runtime.transfer import Download, upload
 
@@ -172,9 +173,18 @@ class FinetuneJobs:
         self._losses([row for row in self._forward_rows if _is_validation(row)], hidden, False)
 
     def _check_saved(self, sample: SampleState) -> None:
-        """What is kept is what the pruned backward reads, nothing less and nothing else."""
+        """What is kept is what the pruned backward reads, nothing less and nothing else.
+
+        Raises:
+            IntegrityError: it is not.
+        """
         for plan in sample.job.plans:
-            assert sample.saved.names(plan.index) == plan.needs.saved.keys(), plan.index
+            kept, needed = sample.saved.names(plan.index), plan.needs.saved.keys()
+            if kept != needed:
+                raise IntegrityError(
+                    f"layer {plan.index} keeps {sorted(kept)} for its backward, which reads "
+                    f"{sorted(needed)}"
+                )
 
     def _losses(self, rows: list[_ForwardRow], hidden: Tensor, wants_gradient: bool) -> None:
         if not rows:
@@ -309,9 +319,15 @@ class FinetuneJobs:
 
     def _publish_adapter(self, publish: PublishAdapter) -> None:
         job = self._jobs.get(publish.job_id)
-        if job is not None and self._publish is not None:
-            ref = AdapterRef(id=publish.id, version=publish.version)
+        if job is None or self._publish is None:
+            return
+        ref = AdapterRef(id=publish.id, version=publish.version)
+        try:
             self._publish(ref, job.adapter_of(job.trained.working.clone()))
+        except (WeftError, RuntimeError) as error:
+            # The others of the batch are not to blame. A RuntimeError: memory is out.
+            message = f"the finished adapter cannot be served: {error}"
+            self._fail(publish.job_id, message, job.num_steps)
 
     def _fail(self, job_id: str, message: str, step: int, sample: int | None = None) -> None:
         """Report a job, free what it holds, and ignore it from here on."""

@@ -11,7 +11,6 @@ Layout: `files/ID`, `jobs/JOB/step-N` (checkpoints), `adapters/JOB`.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import time
@@ -26,6 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import DatabaseError
 
+from weft.base.durable import write_file
 from weft.base.errors import InvalidRequestError, WeftError
 from weft.serve import database as db
 
@@ -195,7 +195,7 @@ class Store:
         """Keep a file; it is on disk in full before its row is."""
         file = _new_file(tenant, filename, purpose, data)
         with self._writing() as connection:
-            _write_file(self.file_path(file.id), data)
+            write_file(self.file_path(file.id), data)
             connection.execute(db.files.insert().values(**_fields(file)))
         return file
 
@@ -472,7 +472,7 @@ class Store:
         if trained_tokens is not None:
             values["trained_tokens"] = trained_tokens
         with self._writing() as connection:
-            _write_file(self.file_path(file.id), results)
+            write_file(self.file_path(file.id), results)
             connection.execute(db.files.insert().values(**_fields(file)))
             if adapter is not None:
                 connection.execute(db.adapters.insert().values(**_fields(adapter)))
@@ -669,19 +669,6 @@ def _add_checkpoint(
             metrics=dict(metrics),
         )
     )
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _file(row: Row[Any]) -> StoredFile:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from weft.base.durable import publish_directory
 from weft.base.errors import ModelLoadError
 from weft.runtime.stage_executor import RankState
 
@@ -122,10 +122,7 @@ class CheckpointStore:
         # Rank 0 coordinates: its save ends when every rank's files are written.
         if _rank() == 0:
             _write_json(writing.part / SCALARS_FILE, _state_json(writing.state))
-            _sync_tree(writing.part)
-            shutil.rmtree(writing.final, ignore_errors=True)
-            writing.part.rename(writing.final)
-            _sync_directory(self.directory)
+            publish_directory(writing.part, writing.final)
             self._drop_old()
 
     def _drop_old(self) -> None:
@@ -383,18 +380,3 @@ def _read_state(path: Path) -> TrainState:
 
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
-
-
-def _sync_tree(directory: Path) -> None:
-    for file in directory.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

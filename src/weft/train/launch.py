@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from weft.base.durable import write_file
 from weft.base.errors import WeftError
 
 _LOG_FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
@@ -104,9 +105,7 @@ def note_failure(run_dir: Path, rank: int, message: str, time_s: float) -> None:
         directory = run_dir / "logs" / FAILURES
         directory.mkdir(parents=True, exist_ok=True)
         entry = {"rank": rank, "message": message, "time_s": time_s, "attempt": _attempt()}
-        part = directory / f".rank-{rank}.part"
-        part.write_text(json.dumps(entry))
-        part.rename(directory / f"rank-{rank}.json")
+        write_file(directory / f"rank-{rank}.json", json.dumps(entry).encode())
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from weft.base.durable import write_file
 from weft.base.errors import ConfigError
 from weft.plan.train_plan import TrainPlan
 
@@ -66,9 +67,8 @@ class RunDirectory:
         rows = read_metrics(self.metrics)
         kept = [row for row in rows if row.get("step", 0) <= num_steps]
         if len(kept) < len(rows):
-            part = self.metrics.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            part.rename(self.metrics)
+            lines = "".join(json.dumps(row) + "\n" for row in kept)
+            write_file(self.metrics, lines.encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
