@@ -117,14 +117,11 @@ def train(plan: Path, run: RunDirectory, num_steps: int) -> None:
 
 def show_losses(run: RunDirectory) -> None:
     """Print the losses where they were validated."""
-    rows = read_metrics(run.metrics)
-    last = None
-    for row in rows:
-        if row.get("validation_loss") != last:
-            last = row["validation_loss"]
+    for row in read_metrics(run.metrics):
+        if "validation_loss" in row:
             print(
-                f"step {row['step']:4d}  loss {row['loss']:.3f}  validation {last:.3f}  "
-                f"{row['samples_per_s']:.0f} samples/s"
+                f"step {row['step']:4d}  loss {row['loss']:.3f}  validation "
+                f"{row['validation_loss']:.3f}  {row['samples_per_s']:.0f} samples/s"
             )
 
 

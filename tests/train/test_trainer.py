@@ -16,6 +16,7 @@ from train.small import chain_plan, data, model
 from weft.base.errors import ConfigError, ModelLoadError
 from weft.cluster.presets import load_cluster
 from weft.cost.roofline import RooflineCost
+from weft.engine.finetune import ScheduleName
 from weft.graph.coarsen import coarsen
 from weft.plan.api import plan as make_plan
 from weft.plan.train_plan import PlanError
@@ -74,6 +75,38 @@ def test_a_run_leaves_plan_configuration_metrics_and_a_checkpoint(tmp_path: Path
         assert torch.equal(held[name], value), name
 
 
+def test_a_row_of_metrics_is_about_its_own_step(tmp_path: Path) -> None:
+    """The learning rate that the step used, and a validation loss only where one was computed."""
+    trainer(
+        tmp_path, validate_every=3, schedule=ScheduleName.LINEAR, num_warmup_steps=2, num_steps=7
+    ).run()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    shares = [0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 * share for share in shares])
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6, 7]
+
+
+def test_validation_leaves_a_run_without_flushes_as_it_is(tmp_path: Path) -> None:
+    """Messages of the next step are under way when a validation begins; they must not meet."""
+    quiet = trainer(tmp_path / "quiet", plan_schedule="2bw", num_steps=7)
+    quiet.run()
+    validated = trainer(tmp_path / "validated", plan_schedule="2bw", num_steps=7, validate_every=2)
+    validated.run()
+    rows = read_metrics(tmp_path / "validated" / "metrics.jsonl")
+    assert sum("validation_loss" in row for row in rows) == 4
+    assert losses(tmp_path / "validated") == losses(tmp_path / "quiet")
+    for name, value in weights(quiet).items():
+        assert torch.equal(weights(validated)[name], value), name
+
+
+def test_half_a_line_of_metrics_does_not_swallow_the_next(tmp_path: Path) -> None:
+    trainer(tmp_path, num_steps=2).run()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    trainer(tmp_path, num_steps=4).run()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "2bw"])
 def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path, schedule: str) -> None:
     options: dict[str, Any] = {"plan_schedule": schedule, "schedule": "cosine"}
@@ -92,10 +125,9 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path, schedu
     assert second.first_step == 3
     second.run()
     wanted = weights(whole)
-    if schedule == "1f1b":
-        for name, value in weights(second).items():
-            assert torch.equal(value, wanted[name]), name
-        assert losses(tmp_path / "parts") == losses(tmp_path / "whole")[3:]
+    for name, value in weights(second).items():
+        assert torch.equal(value, wanted[name]), name
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")[3:]
 
 
 def test_another_plan_goes_on_from_a_checkpoint(tmp_path: Path) -> None:

@@ -66,8 +66,9 @@ class RunDirectory:
             return
         rows = read_metrics(self.metrics)
         kept = [row for row in rows if row.get("step", 0) <= num_steps]
-        if len(kept) < len(rows):
-            lines = "".join(json.dumps(row) + "\n" for row in kept)
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        # Also where a dying process left half a line: the next one would continue it.
+        if lines != self.metrics.read_text():
             write_file(self.metrics, lines.encode())
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -169,16 +169,16 @@ class Trainer:
         validation: float | None = None
         started_s, was_stopped = time.perf_counter(), False
         with _stop_signal() as stop_asked, self._writer() as writer:
-            left = config.num_steps - self.first_step
-            steps = self.executor.steps(left, first_step=self.first_step) if left > 0 else ()
-            for result in steps:
+            for result in self._steps():
                 done = result.step + 1
+                lr = self.schedulers[0].get_last_lr()[0] if self.schedulers else None
                 for scheduler in self.schedulers:
                     scheduler.step()
                 is_last = done == config.num_steps
-                if self._is_due(config.validate_every, done, is_last):
+                is_validated = self._is_due(config.validate_every, done, is_last)
+                if is_validated:
                     validation = self._validate()
-                self._report(result, validation, writer)
+                self._report(result, lr, validation if is_validated else None, writer)
                 was_stopped = not is_last and self._agree(stop_asked.is_set())
                 if was_stopped or self._is_due(config.checkpoint_every, done, is_last):
                     self.save(done)
@@ -219,6 +219,19 @@ class Trainer:
         self.checkpoints.save(ranks, state, blocking=blocking)
 
     # ---- pieces ----
+
+    def _steps(self) -> Iterator[StepResult]:
+        """The steps that are left.
+
+        Without flushes micro-batches of the next step are under way after each, and a validation
+        would meet their messages: so the executor is taken to an end before every validation.
+        """
+        first, last, every = self.first_step, self.config.num_steps, self.config.validate_every
+        has_ends = not self.executor.schedule.is_synchronous and self._validation is not None
+        while first < last:
+            end = min(last, (first // every + 1) * every) if has_ends and every else last
+            yield from self.executor.steps(end - first, first_step=first)
+            first = end
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the steps it has done."""
@@ -276,7 +289,9 @@ class Trainer:
     def _is_due(self, every: int, done: int, is_last: bool) -> bool:
         return is_last or (every > 0 and done % every == 0)
 
-    def _report(self, result: StepResult, validation: float | None, writer: Any) -> None:
+    def _report(
+        self, result: StepResult, lr: float | None, validation: float | None, writer: Any
+    ) -> None:
         if not self.is_first:
             return
         row: dict[str, Any] = {
@@ -284,7 +299,7 @@ class Trainer:
             "loss": result.loss,
             "samples_per_s": result.num_samples / result.duration_s,
             "step_time_s": result.duration_s,
-            "lr": self.schedulers[0].get_last_lr()[0] if self.schedulers else None,
+            "lr": lr,
             "grad_norm": result.grad_norm,
             "validation_loss": validation,
             "mfu": self._mfu(result),
