@@ -95,6 +95,13 @@ class OptimizerSpec:
     """Clip by the norm over all of the adapter's gradients."""
 
     def __post_init__(self) -> None:
+        # A name written by hand: executors ask for the member itself.
+        for field_name, kind in (("name", OptimizerName), ("schedule", ScheduleName)):
+            given = getattr(self, field_name)
+            if given not in list(kind):
+                known = ", ".join(kind)
+                raise ConfigError(f"optimizer {field_name} is {given!r}; it must be one of {known}")
+            object.__setattr__(self, field_name, kind(given))
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"the learning rate is {self.lr}; it must be a positive number")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from weft.base.errors import ConfigError
 
 T = TypeVar("T")
 
 MAX_RANK = 256
+_FROM_PATTERN = r"(.*\.)?({})"
+"""How PEFT matches a key of `rank_pattern` or `alpha_pattern`."""
 
 
 class AdapterKind(StrEnum):
@@ -89,14 +91,26 @@ class AdapterSpec:
     """A bottleneck's: relu, gelu or silu."""
 
     def __post_init__(self) -> None:
+        # Plain values that callers write by hand: the name of a kind, a list of modules.
+        if self.kind not in list(AdapterKind):
+            raise ConfigError(f"kind is {self.kind!r}; it must be one of {', '.join(AdapterKind)}")
+        object.__setattr__(self, "kind", AdapterKind(self.kind))
+        for field_name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            object.__setattr__(self, field_name, _names(field_name, getattr(self, field_name)))
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            _compile(key, within=_FROM_PATTERN)
         for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
-            if not 1 <= rank <= MAX_RANK:
-                raise ConfigError(f"{name}: the rank is {rank}; it must be in [1, {MAX_RANK}]")
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+                raise ConfigError(
+                    f"{name}: the rank is {rank!r}; it must be in [1, {MAX_RANK}], and whole"
+                )
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if not (math.isfinite(alpha) and alpha > 0):
-                raise ConfigError(f"{name}: alpha is {alpha}; it must be a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
+            if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
+                raise ConfigError(f"{name}: alpha is {alpha!r}; it must be a positive number")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ConfigError(f"dropout is {self.dropout!r}; it must be in [0, 1)")
         if self.dropout and self.kind is not AdapterKind.LORA:
             raise ConfigError(f"dropout is {self.dropout}; only LoRA has dropout, set it to 0")
         if self.activation not in ("relu", "gelu", "silu"):
@@ -205,10 +219,7 @@ def _matches(wanted: tuple[str, ...] | str, layer: int, module: Module) -> bool:
     if wanted == "all-linear":
         return True
     if isinstance(wanted, str):
-        try:
-            return bool(wanted) and re.fullmatch(wanted, name) is not None
-        except re.error as error:
-            raise ConfigError(f"{wanted!r} is no regular expression: {error}") from error
+        return bool(wanted) and re.fullmatch(wanted, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
 
 
@@ -243,6 +254,33 @@ def _target(spec: AdapterSpec, layer: int, module: Module, widths: LayerWidths) 
 def _from_pattern(pattern: Mapping[str, T], layer: int, module: Module, default: T) -> T:
     name = module_name(layer, module)
     for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        if re.fullmatch(_FROM_PATTERN.format(key), name):
             return value
     return default
+
+
+def _names(field_name: str, given: object) -> tuple[str, ...] | str:
+    """Names, or one regular expression that can be compiled."""
+    if isinstance(given, str):
+        if given != "all-linear":
+            _compile(given)
+        return given
+    if isinstance(given, Iterable):
+        names = tuple(cast(Iterable[object], given))
+        if all(isinstance(name, str) for name in names):
+            return cast(tuple[str, ...], names)
+    raise ConfigError(
+        f"{field_name} is {given!r}; it must be a list of names, a regular expression or all-linear"
+    )
+
+
+def _compile(pattern: str, *, within: str = "{}") -> None:
+    try:
+        re.compile(within.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        shown = pattern if len(pattern) <= 80 else f"{pattern[:80]}..."
+        raise ConfigError(f"{shown!r} is no regular expression: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
