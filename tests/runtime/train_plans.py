@@ -61,7 +61,14 @@ def chain_cut(
     )
 
 
-def plan_of_cut(graph: Graph, cut: Cut, batch_size: int, *, schedule: str = "1f1b") -> TrainPlan:
+def plan_of_cut(
+    graph: Graph,
+    cut: Cut,
+    batch_size: int,
+    *,
+    schedule: str = "1f1b",
+    sequential: bool = False,
+) -> TrainPlan:
     """The plan of these parts, each stage on devices of its own."""
     table = CostTable(
         graph,
@@ -76,7 +83,7 @@ def plan_of_cut(graph: Graph, cut: Cut, batch_size: int, *, schedule: str = "1f1
             cut.parts, cut.micro_batch, cut.dp, cut.k, cut.recompute, strict=True
         )
     ]
-    return assemble(table, choices, method="test", schedule=schedule)
+    return assemble(table, choices, method="test", schedule=schedule, sequential=sequential)
 
 
 def random_parts(graph: Graph, num_parts: int, rng: random.Random) -> tuple[tuple[int, ...], ...]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from weft.plan.action import RECV_KINDS, SEND_KINDS, ActionKind
 from weft.plan.compute_index import ComputeIndex
-from weft.plan.messages import MessageTable, messages
+from weft.plan.messages import MessageTable, dependencies
 from weft.plan.program import CODE, Program
 from weft.plan.schedule import Schedule, ScheduleError
 
@@ -20,8 +20,11 @@ def has_communication(schedule: Schedule) -> bool:
     return bool(schedule.kinds & (SEND_KINDS | RECV_KINDS))
 
 
-def insert_communication(schedule: Schedule) -> Schedule:
+def insert_communication(schedule: Schedule, *, with_order: bool = False) -> Schedule:
     """The schedule with a SEND after each producer and a RECV before each consumer.
+
+    `with_order` sends along edges that only order two stages on different devices, too: a runtime
+    has no other way to wait for them. What has such SENDs cannot be lowered again.
 
     RECVs of messages from one device to another stand in the order of their SENDs, so that one
     in-order queue per (sender, receiver) can carry them; where a later message is needed first, the
@@ -36,7 +39,8 @@ def insert_communication(schedule: Schedule) -> Schedule:
             f"(`schedule.unrolled(num_steps)`) before inserting communication"
         )
     index = ComputeIndex.of(schedule)
-    table = messages(schedule)
+    table = dependencies(schedule)
+    table = table.take(table.sender != table.receiver if with_order else table.crosses)
     table = table.take(
         ~table.backward
         | (index.has_backward[table.sender_stage] & index.has_backward[table.receiver_stage])

@@ -16,11 +16,13 @@ from weft.base.errors import ConfigError
 from weft.runtime.transport import Handle, PeerTimeoutError, RankProgram
 
 
-@dataclass(kw_only=True, slots=True)
 class _Work:
-    work: Any
-    timeout: timedelta
-    what: str
+    """A torch.distributed work; `what` and the peers name it should it fail."""
+
+    __slots__ = ("_peers", "_timeout", "_what", "_work")
+
+    def __init__(self, work: Any, timeout: timedelta, what: str, peers: object) -> None:
+        self._work, self._timeout, self._what, self._peers = work, timeout, what, peers
 
     def done(self) -> bool:
         return False  # gloo's messages complete in `wait` alone.
@@ -28,9 +30,20 @@ class _Work:
     def wait(self) -> None:
         try:
             # NCCL's wait orders streams and would return at once for a timeout of its own.
-            self.work.wait(self.timeout)
+            self._work.wait(self._timeout)
         except RuntimeError as error:
-            raise PeerTimeoutError(f"{self.what} failed: {str(error).splitlines()[0]}") from error
+            what = f"{self._what} {self._peers}"
+            raise PeerTimeoutError(f"{what} failed: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _End:
+    """One end of a channel: its communicator, the peer's rank in it, and how errors name it."""
+
+    group: Any
+    peer: int
+    sends: str
+    receives: str
 
 
 class DistTransport:
@@ -42,6 +55,7 @@ class DistTransport:
         self._backend = dist.get_backend()
         self._groups: dict[tuple[int, ...], Any] = {}
         self._channels: dict[tuple[int, int], Any] = {}
+        self._ends: dict[tuple[int, int], _End] = {}
 
     @property
     def rank(self) -> int:
@@ -71,29 +85,51 @@ class DistTransport:
 
     def send(self, tensor: Tensor, receiver: int, tag: int) -> Handle:
         """Start sending."""
-        group = self._channels.get((self._rank, receiver))
-        work = dist.isend(tensor, receiver, group=group, tag=tag)
-        return self._handle(work, f"rank {self._rank}'s send to rank {receiver}")
+        end = self._ends.get((self._rank, receiver))
+        if end is None:
+            end = self._end(self._rank, receiver)
+        # What dist.isend does once it has checked its arguments, which the cut has proved.
+        work = end.group.send([_real(tensor)], end.peer, tag)
+        return _Work(work, self._timeout, end.sends, receiver)
 
     def receive(self, tensor: Tensor, sender: int, tag: int) -> Handle:
         """Start receiving."""
-        group = self._channels.get((sender, self._rank))
-        work = dist.irecv(tensor, sender, group=group, tag=tag)
-        return self._handle(work, f"rank {self._rank}'s receive from rank {sender}")
+        end = self._ends.get((sender, self._rank))
+        if end is None:
+            end = self._end(sender, self._rank)
+        work = end.group.recv([_real(tensor)], end.peer, tag)
+        return _Work(work, self._timeout, end.receives, sender)
+
+    def _end(self, sender: int, receiver: int) -> _End:
+        """This rank's end of a channel, made once."""
+        group = self._channels.get((sender, receiver), dist.group.WORLD)
+        peer = receiver if sender == self._rank else sender
+        end = _End(
+            group=group,
+            peer=dist.get_group_rank(group, peer),
+            sends=f"rank {self._rank}'s send to rank",
+            receives=f"rank {self._rank}'s receive from rank",
+        )
+        self._ends[sender, receiver] = end
+        return end
 
     def all_reduce(self, tensor: Tensor, group: Sequence[int]) -> Handle:
         """Start summing."""
         work = dist.all_reduce(tensor, group=self._groups.get(tuple(group)), async_op=True)
-        return self._handle(work, f"rank {self._rank}'s sum over ranks {tuple(group)}")
+        return self._handle(work, f"rank {self._rank}'s sum over ranks", group)
 
     def all_gather(self, tensor: Tensor, outputs: Sequence[Tensor], group: Sequence[int]) -> Handle:
         """Start gathering."""
         found = self._groups.get(tuple(group))
         work = dist.all_gather(list(outputs), tensor, group=found, async_op=True)
-        return self._handle(work, f"rank {self._rank}'s gather over ranks {tuple(group)}")
+        return self._handle(work, f"rank {self._rank}'s gather over ranks", group)
 
-    def _handle(self, work: Any, what: str) -> Handle:
-        return _Work(work=work, timeout=self._timeout, what=what)
+    def _handle(self, work: Any, what: str, group: Sequence[int]) -> Handle:
+        return _Work(work, self._timeout, what, tuple(group))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class DistWorld:

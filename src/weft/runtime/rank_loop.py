@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from weft.plan.action import ActionKind
+from weft.plan.action import RECV_KINDS, ActionKind
 from weft.runtime.batch_source import SampleSource
 from weft.runtime.grad_sync import GradientSync
 from weft.runtime.measured import LoopRecord
 from weft.runtime.micro_batch import MicroBatch, WeightHalf
-from weft.runtime.rank_program import BoundAction, Piece, RankPlan, StageShape
-from weft.runtime.stage_program import CutEdge, StageCut, StageProgram
+from weft.runtime.rank_mailbox import Key, Mailbox
+from weft.runtime.rank_program import BoundAction, RankPlan, StageShape
+from weft.runtime.stage_program import StageCut, StageProgram
 from weft.runtime.transport import Handle, PeerTimeoutError, Transport
 from weft.runtime.whole_batch import WholeBatch
-
-Key = tuple[int, int]
-"""(stage, micro-batch counted from the start of the run)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,29 +60,49 @@ class _Saved:
     has_graph: bool = False
 
 
-@dataclass(kw_only=True, slots=True)
-class _Posted:
-    """A receive under way; what `arrived` beside its place goes there, or is added to it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Segment:
+    """A segment's actions, and what is known of them before they run, by row.
 
-    handle: Handle
-    place: Tensor | None = None
-    arrived: Tensor | None = None
-    adds: bool = False
+    `posted` receives are to be posted before a row. `last_backward` are the rows of each stage's
+    last action that makes gradients, `last_forward` that of the last forward of all.
+    """
 
-    def finish(self) -> None:
-        """Move what arrived where it belongs."""
-        if self.place is None or self.arrived is None:
-            return
-        if self.adds:
-            self.place.add_(self.arrived)
-        else:
-            self.place.copy_(self.arrived)
+    actions: Sequence[BoundAction]
+    receives: tuple[BoundAction, ...]
+    posted: tuple[int, ...]
+    last_backward: frozenset[int]
+    last_forward: int
+
+    @classmethod
+    def of(cls, actions: Sequence[BoundAction], receive_ahead: int) -> _Segment:
+        receives = tuple(one for one in actions if one.action.kind in RECV_KINDS)
+        posted: list[int] = []
+        last_backward: dict[int, int] = {}
+        num_received, last_forward = 0, -1
+        for row, one in enumerate(actions):
+            posted.append(min(len(receives), num_received + receive_ahead))
+            kind = one.action.kind
+            if kind in RECV_KINDS:
+                num_received += 1
+            elif kind in (ActionKind.B, ActionKind.W):
+                last_backward[one.action.stage] = row
+            elif kind is ActionKind.F:
+                last_forward = row
+        return cls(
+            actions=actions,
+            receives=receives,
+            posted=tuple(posted),
+            last_backward=frozenset(last_backward.values()),
+            last_forward=last_forward,
+        )
 
 
 class RankLoop:
     """Executes segments of a rank's plan; see `run`.
 
-    `first_step` is the optimizer step that the run's micro-batches count from.
+    `first_step` is the optimizer step that the run's micro-batches count from. Gradients come out
+    multiplied by `loss_scale`.
     """
 
     def __init__(
@@ -110,15 +128,12 @@ class RankLoop:
         self.seed, self.receive_ahead = seed, receive_ahead
         self.device, self.batch_size = device, batch_size
         self.autocast = autocast
-        self._edges = [cut.edges[pair] for pair in sorted(cut.edges)]
-        self._inbox: dict[Key, list[Tensor | None]] = {}
-        self._gradients: dict[Key, dict[int, list[Tensor | None]]] = {}
-        self._outputs: dict[Key, list[Tensor]] = {}
-        self._input_gradients: dict[Key, list[Tensor | None]] = {}
+        self.loss_scale = 1.0
+        self.mail = Mailbox(transport=transport, cut=cut, shapes=plan.shapes, device=device)
         self._saved: dict[Key, _Saved] = {}
         self._halves: dict[Key, WeightHalf] = {}
-        self._posted: dict[tuple[ActionKind, int, int, int], list[_Posted]] = {}
-        self._sends: list[tuple[Handle, Tensor]] = []
+        self._segments: dict[int, _Segment] = {}
+        self._loss_gradients: dict[tuple[int, int], Tensor] = {}
         self.losses: dict[int, list[tuple[Tensor, Tensor | int]]] = {}
         self._in_flight: dict[int, int] = dict.fromkeys(stages, 0)
         self.peak_in_flight: dict[int, int] = dict.fromkeys(stages, 0)
@@ -136,8 +151,8 @@ class RankLoop:
             ActionKind.I: self._input_half,
             ActionKind.W: self._weight_half,
             ActionKind.RECOMPUTE: self._recompute,
-            ActionKind.SEND_F: self._send_outputs,
-            ActionKind.SEND_B: self._send_gradients,
+            ActionKind.SEND_F: self.mail.send_outputs,
+            ActionKind.SEND_B: self.mail.send_gradients,
         }
 
     def run(
@@ -149,19 +164,26 @@ class RankLoop:
         flush: int,
         is_last_flush: bool,
         keep_sends: bool,
+        after_forwards: Callable[[], None] | None = None,
     ) -> Iterator[Handle]:
         """Run a segment; yields what it waits for.
 
         `base` is the step that the segment's micro-batches count from; `flush` numbers the
         segment's batch among those of optimizer step `step`. With `is_last_flush` gradients are
-        summed. With `keep_sends` messages may still be under way at the end.
+        summed. With `keep_sends` messages may still be under way at the end. `after_forwards` is
+        called when the segment's last forward has ended.
         """
         self.step, self._flush = step, flush
+        known = self._segments.get(id(segment))
+        if known is None:
+            # The entry holds the segment, so no other can get its id.
+            known = _Segment.of(segment, self.receive_ahead)
+            self._segments[id(segment)] = known
         try:
-            yield from self._actions(segment, base, is_last_flush)
+            yield from self._actions(known, base, is_last_flush, after_forwards)
             if not keep_sends:
                 self.current = "the end of the step"
-                yield from self._wait_for_sends()
+                yield from self.mail.wait_for_sends()
         except PeerTimeoutError as error:
             raise PeerTimeoutError(
                 f"rank {self.plan.rank} (device {self.plan.device}) hangs in step {step} at "
@@ -178,46 +200,41 @@ class RankLoop:
         return f"action {self.current.action}{ranks}"
 
     def _actions(
-        self, segment: Sequence[BoundAction], base: int, is_last_flush: bool
+        self,
+        segment: _Segment,
+        base: int,
+        is_last_flush: bool,
+        after_forwards: Callable[[], None] | None,
     ) -> Iterator[Handle]:
-        receives = [
-            bound
-            for bound in segment
-            if bound.action.kind in (ActionKind.RECV_F, ActionKind.RECV_B)
-        ]
-        num_posted, num_received = 0, 0
+        mail, receives, num_posted = self.mail, segment.receives, 0
         shift = {s: base * run.shape.num_micro_batches for s, run in self.stages.items()}
-        last_backward = _last_backwards(segment) if is_last_flush else {}
+        sync = self.sync if is_last_flush else None
         record = self.record.begin(self.step) if self.record is not None else None
-        for index, bound in enumerate(segment):
+        for row, bound in enumerate(segment.actions):
             action = bound.action
             kind, stage = action.kind, action.stage
             self.current = bound
-            while num_posted < min(len(receives), num_received + self.receive_ahead):
+            while num_posted < segment.posted[row]:
                 ahead = receives[num_posted]
-                self._post(ahead, shift[ahead.action.stage])
+                mail.post(ahead, shift[ahead.action.stage])
                 num_posted += 1
             if record is not None:
                 record.actions.append(bound)
                 record.start_s.append(time.perf_counter())
-            if kind in (ActionKind.RECV_F, ActionKind.RECV_B):
-                if num_received >= num_posted:
-                    self._post(bound, shift[stage])
-                    num_posted += 1
-                num_received += 1
-                key = (kind, stage, action.micro_batch + shift[stage], action.peer)
-                for posted in self._posted.pop(key):
-                    yield posted.handle
-                    posted.finish()
-            elif kind is ActionKind.REDUCE_GRAD:
-                if is_last_flush and self.sync is not None:
-                    yield from self.sync.finish(stage)
-            elif kind in self._run:
-                if last_backward.get(stage) == index and self.sync is not None:
-                    self.sync.expect(stage)
-                self._run[kind](bound, action.micro_batch + shift[stage])
-                if kind is ActionKind.F and self.stages[stage].tail is not None:
-                    yield from self._tails[stage].note(action.micro_batch)
+            run = self._run.get(kind)
+            if run is not None:
+                if sync is not None and row in segment.last_backward:
+                    sync.expect(stage)
+                run(bound, action.micro_batch + shift[stage])
+                if kind is ActionKind.F:
+                    if self._tails and stage in self._tails:
+                        yield from self._tails[stage].note(action.micro_batch)
+                    if row == segment.last_forward and after_forwards is not None:
+                        after_forwards()
+            elif kind is ActionKind.RECV_F or kind is ActionKind.RECV_B:
+                yield from mail.receive(bound, shift)
+            elif kind is ActionKind.REDUCE_GRAD and sync is not None:
+                yield from sync.finish(stage)
             if record is not None:
                 record.end_s.append(time.perf_counter())
 
@@ -250,16 +267,16 @@ class RankLoop:
             self._saved[key] = saved
             held = self._in_flight[key[0]] = self._in_flight[key[0]] + 1
             self.peak_in_flight[key[0]] = max(self.peak_in_flight[key[0]], held)
-        self._outputs[key] = [out.detach() for out in outputs]
+        self.mail.outputs[key] = [out.detach() for out in outputs]
         if stage.tail is not None:
-            self._tails[key[0]].keep(micro_batch, self._outputs[key])
+            self._tails[key[0]].keep(micro_batch, self.mail.outputs[key])
         for piece in bound.local:
-            self._hand_on(piece, key)
+            self.mail.hand_on(piece, key)
         if not bound.is_sent:
-            del self._outputs[key]
+            del self.mail.outputs[key]
 
     def _take_inputs(self, stage: StageRun, key: Key) -> list[Tensor]:
-        slots: list[Tensor | None] = self._inbox.pop(key, [None] * stage.program.num_inputs)
+        slots = self.mail.take_inputs(key)
         if stage.leaves:
             first = self._flush * self.batch_size + self._first_sample(stage, key[1])
             step = self._step_of(stage, key[1])
@@ -345,12 +362,20 @@ class RankLoop:
         for is_pair in stage.program.losses:
             loss = values[position]
             if loss.requires_grad:
-                # A mean over the share counts with its samples, a sum for itself.
-                factor = 1.0 if is_pair else float(stage.shape.share)
                 saved.roots.append(get_gradient_edge(loss))
-                saved.loss_gradients.append(torch.full_like(loss, factor, requires_grad=False))
+                saved.loss_gradients.append(self._loss_gradient(stage, position, loss, is_pair))
             position += 2 if is_pair else 1
         saved.has_graph = True
+
+    def _loss_gradient(self, stage: StageRun, position: int, loss: Tensor, is_pair: bool) -> Tensor:
+        key = (stage.program.index, position)
+        found = self._loss_gradients.get(key)
+        if found is None or found.dtype != loss.dtype or found.shape != loss.shape:
+            # A mean over the share counts with its samples, a sum for itself.
+            factor = self.loss_scale * (1.0 if is_pair else stage.shape.share)
+            found = torch.full_like(loss, factor, requires_grad=False)
+            self._loss_gradients[key] = found
+        return found
 
     # Backward
 
@@ -383,11 +408,11 @@ class RankLoop:
             for position in stage.grad_inputs:
                 if made[position] is None:
                     made[position] = torch.zeros_like(saved.inputs[position])
-            self._input_gradients[key] = made
+            self.mail.input_gradients[key] = made
             for piece in bound.local:
-                self._hand_back(piece, key)
+                self.mail.hand_back(piece, key)
             if not bound.is_sent:
-                del self._input_gradients[key]
+                del self.mail.input_gradients[key]
 
     def _input_half(self, bound: BoundAction, micro_batch: int) -> None:
         key = (bound.action.stage, micro_batch)
@@ -404,180 +429,9 @@ class RankLoop:
                 half.run()
 
     def _output_gradients(self, stage: StageRun, key: Key) -> list[Tensor | None]:
-        """The gradient of every output: the sum over the edges that it left by, in their order."""
+        """The gradient of every output: the sum over the edges that it left by."""
         totals: list[Tensor | None] = [None] * stage.program.num_outputs
         if stage.tail is not None:
             totals = self._tails[key[0]].gradients_of(key[1])
-        arrived = self._gradients.pop(key, {})
-        for slot in sorted(arrived):
-            edge = self._edges[slot]
-            for output, gradient in zip(edge.outputs, arrived[slot], strict=True):
-                if gradient is None:
-                    continue
-                before = totals[output]
-                totals[output] = gradient if before is None else before + gradient
+        self.mail.add_gradients(key, totals)
         return totals
-
-    # What moves
-
-    def _send_outputs(self, bound: BoundAction, micro_batch: int) -> None:
-        outputs = self._outputs[bound.action.stage, micro_batch]
-        for piece in bound.pieces:
-            for spec, output in zip(piece.edge.tensors, piece.edge.outputs, strict=True):
-                part = _part(outputs[output], spec.axis, piece)
-                if part is not None:
-                    self._send(part, piece)
-        if bound.is_last_send:
-            del self._outputs[bound.action.stage, micro_batch]
-
-    def _send_gradients(self, bound: BoundAction, micro_batch: int) -> None:
-        gradients = self._input_gradients[bound.action.stage, micro_batch]
-        for piece in bound.pieces:
-            for spec, position in zip(piece.edge.tensors, piece.edge.inputs, strict=True):
-                gradient = gradients[position]
-                if not spec.needs_grad or gradient is None:
-                    continue
-                part = _part(gradient, spec.axis, piece)
-                if part is not None:
-                    self._send(part, piece)
-        if bound.is_last_send:
-            del self._input_gradients[bound.action.stage, micro_batch]
-
-    def _send(self, tensor: Tensor, piece: Piece) -> None:
-        tensor = tensor.contiguous()
-        self._sends.append((self.transport.send(tensor, piece.peer, piece.tag), tensor))
-
-    def _wait_for_sends(self) -> Iterator[Handle]:
-        sends, self._sends = self._sends, []
-        for handle, _ in sends:
-            yield handle
-
-    def _post(self, bound: BoundAction, shift: int) -> None:
-        """Post the receives of a RECV action into buffers of their own or slices of one."""
-        action = bound.action
-        micro_batch = action.micro_batch + shift
-        posted: list[_Posted] = []
-        is_forward = action.kind is ActionKind.RECV_F
-        for piece in bound.pieces:
-            for i, spec in enumerate(piece.edge.tensors):
-                if not is_forward and not spec.needs_grad:
-                    continue
-                if spec.axis is None and not piece.has_shared:
-                    continue
-                buffer = (
-                    self._input_buffer(piece, i, (action.stage, micro_batch))
-                    if is_forward
-                    else self._gradient_buffer(piece, i, (action.stage, micro_batch))
-                )
-                posted.append(self._receive(buffer, spec.axis, piece))
-        key = (action.kind, action.stage, micro_batch, action.peer)
-        self._posted[key] = posted
-
-    def _receive(self, buffer: Tensor, axis: int | None, piece: Piece) -> _Posted:
-        part = buffer if axis is None or piece.is_whole else _narrow(buffer, axis, piece)
-        if axis is None and piece.backward:
-            # Several consumers return gradients of one shared tensor: they add up.
-            arrived = torch.empty_like(buffer)
-            handle = self.transport.receive(arrived, piece.peer, piece.tag)
-            return _Posted(handle=handle, place=buffer, arrived=arrived, adds=True)
-        if part.is_contiguous():
-            return _Posted(handle=self.transport.receive(part, piece.peer, piece.tag))
-        arrived = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-        handle = self.transport.receive(arrived, piece.peer, piece.tag)
-        return _Posted(handle=handle, place=part, arrived=arrived)
-
-    def _input_buffer(self, piece: Piece, tensor: int, key: Key) -> Tensor:
-        slots = self._inbox.get(key)
-        if slots is None:
-            slots = self._inbox[key] = [None] * self.stages[key[0]].program.num_inputs
-        position = piece.edge.inputs[tensor]
-        found = slots[position]
-        if found is None:
-            found = slots[position] = self._empty(piece.edge, tensor, key[0])
-        return found
-
-    def _gradient_buffer(self, piece: Piece, tensor: int, key: Key) -> Tensor:
-        arrived = self._gradients.setdefault(key, {})
-        slots = arrived.get(piece.edge_slot)
-        if slots is None:
-            slots = arrived[piece.edge_slot] = [None] * len(piece.edge.tensors)
-        found = slots[tensor]
-        if found is None:
-            found = self._empty(piece.edge, tensor, key[0])
-            if piece.edge.tensors[tensor].axis is None:
-                found.zero_()
-            slots[tensor] = found
-        return found
-
-    def _empty(self, edge: CutEdge, tensor: int, stage: int) -> Tensor:
-        spec = edge.tensors[tensor]
-        shape = spec.shape(self.stages[stage].shape.share)
-        return torch.empty(shape, dtype=spec.dtype, device=self.device)
-
-    def _hand_on(self, piece: Piece, key: Key) -> None:
-        """Give outputs to a stage on this rank."""
-        target = piece.edge.target
-        peer_key = (target, piece.peer_micro_batch)
-        outputs = self._outputs[key]
-        for i, (spec, output) in enumerate(
-            zip(piece.edge.tensors, piece.edge.outputs, strict=True)
-        ):
-            part = _part(outputs[output], spec.axis, piece)
-            if part is None:
-                continue
-            slots = self._inbox.get(peer_key)
-            if slots is None:
-                slots = self._inbox[peer_key] = [None] * self.stages[target].program.num_inputs
-            if spec.axis is None or (piece.is_whole and piece.peer_is_whole):
-                slots[piece.edge.inputs[i]] = part
-            else:
-                buffer = self._input_buffer(piece, i, peer_key)
-                _at_peer(buffer, spec.axis, piece).copy_(part)
-
-    def _hand_back(self, piece: Piece, key: Key) -> None:
-        """Give input gradients to the stage on this rank that made the inputs."""
-        source = piece.edge.source
-        peer_key = (source, piece.peer_micro_batch)
-        gradients = self._input_gradients[key]
-        for i, (spec, position) in enumerate(
-            zip(piece.edge.tensors, piece.edge.inputs, strict=True)
-        ):
-            gradient = gradients[position]
-            if not spec.needs_grad or gradient is None:
-                continue
-            part = _part(gradient, spec.axis, piece)
-            if part is None:
-                continue
-            buffer = self._gradient_buffer(piece, i, peer_key)
-            if spec.axis is None:
-                buffer.add_(part)
-            else:
-                _at_peer(buffer, spec.axis, piece).copy_(part)
-
-
-def _last_backwards(segment: Sequence[BoundAction]) -> dict[int, int]:
-    """Index of each stage's last action that makes gradients."""
-    return {
-        bound.action.stage: i
-        for i, bound in enumerate(segment)
-        if bound.action.kind in (ActionKind.B, ActionKind.W)
-    }
-
-
-def _narrow(tensor: Tensor, axis: int, piece: Piece) -> Tensor:
-    # Edges between different cuts of the batch have one entry a sample (`rank_program`).
-    return tensor.narrow(axis, piece.first, piece.num_samples)
-
-
-def _at_peer(tensor: Tensor, axis: int, piece: Piece) -> Tensor:
-    """Where a whole or partial piece lies in the tensor of a stage on the same rank."""
-    if tensor.shape[axis] == piece.num_samples or piece.peer_is_whole:
-        return tensor
-    return tensor.narrow(axis, piece.peer_first, piece.num_samples)
-
-
-def _part(tensor: Tensor, axis: int | None, piece: Piece) -> Tensor | None:
-    """The piece's samples of a tensor; None where this piece does not carry it."""
-    if axis is None:
-        return tensor if piece.has_shared else None
-    return tensor if piece.is_whole else _narrow(tensor, axis, piece)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from weft.base.errors import UnsupportedError
-from weft.plan.action import COMPUTE_KINDS, Action, ActionKind
+from weft.plan.action import COMPUTE_KINDS, SEND_KINDS, Action, ActionKind
 from weft.plan.communicate import insert_communication
 from weft.plan.compute_index import ComputeIndex
-from weft.plan.messages import MessageTable, dependencies
+from weft.plan.messages import Message, MessageTable, dependencies
 from weft.plan.program import Program
 from weft.plan.schedule import Schedule, ScheduleError
 from weft.runtime.stage_program import CutEdge, StageCut
@@ -27,7 +28,7 @@ class Piece:
     `first` counts within the rank's share of the micro-batch, `num_samples` of it are meant;
     `is_whole` says that this is all of the share. Tensors without a sample axis travel
     with the piece that `has_shared` marks. The fields of `peer`, a rank, tell the same of the other
-    end.
+    end. An edge without tensors only orders two stages: a token travels.
     """
 
     edge: CutEdge
@@ -44,12 +45,18 @@ class Piece:
     peer_is_whole: bool
 
 
+SendKey = tuple[ActionKind, int, int, int]
+"""(kind, stage, micro-batch, peer stage) of a SEND or RECV."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoundAction:
     """An action with what it moves: `pieces` over the transport, `local` inside the rank.
 
     The micro-batch counts from the start of the segment. `is_sent` says of a compute action that a
-    SEND of what it makes follows, `is_last_send` of a SEND that no other follows.
+    SEND of what it makes follows, `is_last_send` of a SEND that no other follows. When a RECV has
+    ended, the earlier SENDs in `arrived` are known to have ended too: what it received was sent
+    after their receivers had them.
     """
 
     action: Action
@@ -57,6 +64,7 @@ class BoundAction:
     local: tuple[Piece, ...] = ()
     is_sent: bool = False
     is_last_send: bool = False
+    arrived: tuple[SendKey, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,14 +203,14 @@ def _bind(
     schedule: Schedule, cut: StageCut, devices: Sequence[int]
 ) -> list[tuple[BoundAction, ...]]:
     """Every rank's actions with their pieces."""
-    run = insert_communication(schedule)
+    run = insert_communication(schedule, with_order=True)
     has_backward = ComputeIndex.of(run).has_backward
     table = dependencies(run)
     keep = ~table.backward | (has_backward[table.sender_stage] & has_backward[table.receiver_stage])
     table = table.take(keep)
     pieces = _pieces(run, cut, table, devices)
     programs: dict[Program, list[Action]] = {}
-    bound: list[tuple[BoundAction, ...]] = []
+    bound: list[list[BoundAction]] = []
     for device in devices:
         program = run.program(device)
         actions = programs.setdefault(program, list(program))
@@ -211,8 +219,85 @@ def _bind(
             for i, a in enumerate(actions)
             if a.kind in (ActionKind.SEND_F, ActionKind.SEND_B)
         }
-        bound.append(tuple(_bound(a, i, device, pieces, last_send) for i, a in enumerate(actions)))
-    return bound
+        bound.append([_bound(a, i, device, pieces, last_send) for i, a in enumerate(actions)])
+    return [tuple(actions) for actions in _with_arrivals(bound)]
+
+
+def _with_arrivals(bound: Sequence[Sequence[BoundAction]]) -> list[list[BoundAction]]:
+    """The same actions, each RECV with the SENDs whose arrival it proves; see BoundAction.
+
+    Rank a's message reached rank b by b's RECV in row r; whatever b sends to a in a row after r
+    proves that, when a has it. A SEND that nothing answers is in no `arrived`.
+    """
+    rows: list[dict[SendKey, int]] = [
+        {_send_key(b.action): row for row, b in enumerate(actions) if b.pieces} for actions in bound
+    ]
+    # By (from, to): rows of the SENDs in order, and the row of each one's RECV.
+    traffic: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for rank, actions in enumerate(bound):
+        for row, one in enumerate(actions):
+            if one.action.kind not in SEND_KINDS:
+                continue
+            for piece in one.pieces:
+                received = rows[piece.peer].get(_received_as(one.action, piece))
+                if received is not None:
+                    traffic.setdefault((rank, piece.peer), []).append((row, received))
+    proofs = {pair: _Proofs.of(moved) for pair, moved in traffic.items()}
+    found = [list(actions) for actions in bound]
+    for rank, actions in enumerate(bound):
+        arrived: dict[int, list[SendKey]] = {}
+        for one in actions:
+            if one.action.kind not in SEND_KINDS or not one.pieces:
+                continue
+            ends = [
+                _proof(proofs.get((piece.peer, rank)), rows, one.action, piece)
+                for piece in one.pieces
+            ]
+            if None not in ends:
+                last = max(end for end in ends if end is not None)
+                arrived.setdefault(last, []).append(_send_key(one.action))
+        for row, keys in arrived.items():
+            found[rank][row] = replace(found[rank][row], arrived=tuple(keys))
+    return found
+
+
+def _send_key(action: Action) -> SendKey:
+    return (action.kind, action.stage, action.micro_batch, action.peer)
+
+
+def _received_as(action: Action, piece: Piece) -> SendKey:
+    """The RECV at the other end of a SEND's piece."""
+    kind = ActionKind.RECV_F if action.kind is ActionKind.SEND_F else ActionKind.RECV_B
+    return (kind, action.peer, piece.peer_micro_batch, action.stage)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Proofs:
+    """Rows of one rank's SENDs to another, ascending, and the earliest RECV row from each on."""
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    @classmethod
+    def of(cls, moved: Sequence[tuple[int, int]]) -> _Proofs:
+        ordered = sorted(moved)
+        earliest: list[int] = []
+        for _, received in reversed(ordered):
+            earliest.append(min(received, earliest[-1]) if earliest else received)
+        return cls(sent=tuple(sent for sent, _ in ordered), received=tuple(reversed(earliest)))
+
+    def after(self, row: int) -> int | None:
+        """Where the first message that was sent after `row` is received."""
+        place = bisect_right(self.sent, row)
+        return self.received[place] if place < len(self.sent) else None
+
+
+def _proof(
+    back: _Proofs | None, rows: Sequence[Mapping[SendKey, int]], action: Action, piece: Piece
+) -> int | None:
+    """The sender's RECV that proves that a piece has arrived."""
+    received = rows[piece.peer].get(_received_as(action, piece))
+    return None if back is None or received is None else back.after(received)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,6 +340,15 @@ def _bound(
 def _pieces(run: Schedule, cut: StageCut, table: MessageTable, devices: Sequence[int]) -> _Pieces:
     rank_of = {device: rank for rank, device in enumerate(devices)}
     slots = {pair: i for i, pair in enumerate(sorted(cut.edges))}
+    orders = {
+        (e.source, e.target): CutEdge(
+            source=e.source, target=e.target, tensors=(), outputs=(), inputs=()
+        )
+        for e in run.edges
+        if e.is_order_only
+    }
+    slots |= {pair: len(slots) + i for i, pair in enumerate(sorted(orders))}
+    edges = {**orders, **cut.edges}
     shapes = {device: _shapes(run, device) for device in devices}
     found = _Pieces(sent={}, received={}, local={})
     _check_grids(run, cut)
@@ -263,8 +357,8 @@ def _pieces(run: Schedule, cut: StageCut, table: MessageTable, devices: Sequence
         message = table[row]
         pair = (message.sender_stage, message.receiver_stage)
         pair = pair[::-1] if message.backward else pair
-        edge = cut.edges.get(pair)
-        if edge is None or (message.backward and not any(t.needs_grad for t in edge.tensors)):
+        edge = edges.get(pair)
+        if edge is None or not _carries(edge, message):
             continue
         sender = shapes[message.sender][message.sender_stage]
         receiver = shapes[message.receiver][message.receiver_stage]
@@ -325,6 +419,13 @@ def _pieces(run: Schedule, cut: StageCut, table: MessageTable, devices: Sequence
         )
         found.received.setdefault(key, []).append(received)  # type: ignore[attr-defined]
     return found
+
+
+def _carries(edge: CutEdge, message: Message) -> bool:
+    """Whether anything is to be done for a dependency: on one device order needs no token."""
+    if not edge.tensors:
+        return message.sender != message.receiver
+    return not message.backward or any(t.needs_grad for t in edge.tensors)
 
 
 def _check_grids(run: Schedule, cut: StageCut) -> None:

@@ -126,7 +126,8 @@ class WholeBatch:
         total = torch.zeros((), device=self.loop.device)
         position = 0
         for is_pair in self.tail.program.losses:
-            total = total + values[position] * (1 if is_pair else self.loop.batch_size)
+            samples = 1 if is_pair else self.loop.batch_size
+            total = total + values[position] * (samples * self.loop.loss_scale)
             position += 2 if is_pair else 1
         wanted = [inputs[i] for i in self.tail.inputs]
         weights = [p for p in self.stage.tail.parameters() if p.requires_grad]
