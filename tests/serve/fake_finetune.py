@@ -30,6 +30,8 @@ NAN = 3
 FULL_DISK = 4
 """After a step on a sample that holds this byte, the checkpoint meets a full disk."""
 ADAPTER_FILE = "adapter_config.json"
+UNFORESEEN = "unforeseen"
+"""An adapter directory that holds a file of this name raises what nobody expects."""
 
 
 def loss_of(step: int) -> float:
@@ -91,6 +93,8 @@ class FakeTrainer:
         """Take an adapter from disk."""
         if not (Path(path) / ADAPTER_FILE).is_file():
             raise AdapterLoadError(f"{path}: {ADAPTER_FILE} is missing")
+        if (Path(path) / UNFORESEEN).exists():
+            raise RuntimeError(UNFORESEEN)
         self.adapters.add(ref)
 
     def unload_adapter(self, ref: AdapterRef) -> None:

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from serve.conftest import Server
-from serve.fake_finetune import ADAPTER_FILE
+from serve.fake_finetune import ADAPTER_FILE, UNFORESEEN
 
 StartServer = Callable[..., Server]
 
@@ -108,6 +108,31 @@ def test_no_path_leaves_the_root(start_server: StartServer, tmp_path: Path) -> N
         assert broken.status_code == 400
         assert broken.json()["error"]["code"] == "invalid_adapter"
         assert load(http, "alias", "one").status_code == 400
+        assert names(server) == ["fake/model", "alias"]
+
+
+def test_an_adapter_that_nobody_foresaw_ends_no_engine(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    (adapter(tmp_path / "one") / UNFORESEEN).touch()
+    adapter(tmp_path / "two")
+    server = start_server(adapter_root=str(tmp_path))
+    with server.http() as http:
+        answer = load(http, "one", "one")
+        assert answer.status_code == 500
+        assert UNFORESEEN not in answer.text
+        assert load(http, "two", "two").status_code == 200
+        assert complete(server.openai(), "two") == "two"
+
+
+def test_names_of_fine_tuned_models_are_not_taken(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    adapter(tmp_path / "one")
+    server = start_server(adapter_root=str(tmp_path))
+    with server.http() as http:
+        answer = load(http, "ft:fake/model:weft::1", "one")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_name")
         assert names(server) == ["fake/model", "alias"]
 
 

@@ -123,6 +123,12 @@ class AdapterApi:
         body = await self._read_load(request)
         root = self._checked_root()
         tenant = tenant_of(request).name
+        if body.lora_name.startswith("ft:"):
+            raise InvalidRequestError(
+                f"lora_name {body.lora_name!r} begins with ft:, as fine-tuned models' names do; "
+                "choose another",
+                "lora_name",
+            )
         if self._models.find(body.lora_name) is not None:
             raise InvalidRequestError(
                 f"an adapter is served as {body.lora_name!r} already; unload it first, or choose "

@@ -143,6 +143,11 @@ class EngineServer:
         except WeftError as error:
             name, text = type(error).__name__, str(error)
             self._send(Answer(call_id=call_id, error=name, message=text))
+        except Exception as error:
+            # One tenant's job or file must not end the requests of all others.
+            logger.exception("a job or an adapter could not be taken")
+            text = f"{type(error).__name__}: {error}"
+            self._send(Answer(call_id=call_id, error=WeftError.__name__, message=text))
         else:
             self._send(Answer(call_id=call_id))
 
