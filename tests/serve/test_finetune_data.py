@@ -111,6 +111,8 @@ def test_long_samples_are_refused_or_cut_as_one_likes(tokenizer: Tokenizer) -> N
         (_lines({"text": "a"}, "[1]"), "line 2: it is a JSON list"),
         (_lines('{"text": NaN}'), "line 1: it is not JSON"),
         (b'{"text": "a"}\n\xff', "line 2: it is not valid UTF-8"),
+        (_lines({"text": "a"}, r'{"text": "\ud83d"}'), "line 2: it holds a lone surrogate"),
+        (_lines(r'{"messages": [{"role": "user", "content": "\udc00"}]}'), "lone surrogate"),
         (_lines({"prompt": "a"}), "line 1: it needs `messages`"),
         (_lines({}), "line 1: it needs .* no key at all"),
         (_lines({"completion": "a"}), "line 1: it has `completion` but no `prompt`"),
@@ -133,6 +135,11 @@ def test_long_samples_are_refused_or_cut_as_one_likes(tokenizer: Tokenizer) -> N
 def test_malformed_files_are_refused_by_line(data: bytes, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         read_examples(data)
+
+
+def test_characters_written_as_two_escapes_are_taken(tokenizer: Tokenizer) -> None:
+    row = r'{"text": "\ud83d\ude00 \\ud83d"}'
+    assert _one(row, tokenizer).token_ids[:-1].tobytes()[::4] == "\U0001f600 \\ud83d".encode()
 
 
 @pytest.mark.parametrize(

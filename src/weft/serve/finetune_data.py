@@ -9,6 +9,7 @@ names its line.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +28,8 @@ _TOOL_ROLES = ("tool", "function")
 _TOOL_KEYS = ("tools", "functions", "parallel_tool_calls", "tool_calls", "function_call")
 _CHAT_KEYS = frozenset(("messages",))
 _MESSAGE_KEYS = frozenset(("role", "content", "weight", "name"))
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes half of a character beyond U+FFFF; two of them are one character."""
 
 
 class OverlongSamples(StrEnum):
@@ -155,11 +158,21 @@ def _json_lines(text: str, what: str) -> Iterator[tuple[_Line, dict[str, Any]]]:
             raise line.refusal(f"it is not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise line.refusal(f"it is a JSON {type(fields).__name__}; an object is needed")
+        if _SURROGATE.search(row) and not _is_unicode(fields):
+            raise line.refusal("it holds a lone surrogate (\\ud800 to \\udfff), which is no text")
         yield line, fields
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _is_unicode(fields: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_tools(fields: Mapping[str, Any], where: str) -> None:
