@@ -211,6 +211,10 @@ EXPECTED: dict[str, str] = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
     "stop": "a non-empty string or a list of non-empty strings, each of at most 1024 characters",
     "content": "a string or a list of content parts",
+    "n_epochs": "'auto' or a whole number in [1, 1000]",
+    "batch_size": "'auto' or a whole number in [1, 4096]",
+    "learning_rate_multiplier": "'auto' or a positive number",
+    "target_modules": "a list of names, a regular expression or all-linear",
 }
 """What a field takes, where a union's own error message would be a riddle."""
 
@@ -227,7 +231,7 @@ def first_problem(errors: list[Any]) -> tuple[str, str | None]:
     expected = f"{union} must be {EXPECTED[union]}" if union and len(errors) > 1 else ""
     if expected:
         same = [other for other in errors if union in other["loc"]]
-        error = next((e for e in same if not e["type"].endswith("_type")), None)
+        error = next((e for e in same if not e["type"].endswith(("_type", "literal_error"))), None)
         if error is None:
             return expected, param
     if error["type"] == "json_invalid" or not error["loc"]:
