@@ -36,12 +36,22 @@ def size_value(node: Node) -> Any:
     return value if isinstance(value, torch.SymInt | int) and node.op != "placeholder" else None
 
 
+def draws_random(node: Node) -> bool:
+    """Whether a node draws random numbers: also active dropout, alone or inside attention."""
+    name = aten_name(node)
+    if name in DROPOUTS | FEATURE_DROPOUTS:
+        return bool(node.args[1] > 0 and node.args[2])  # type: ignore[operator]
+    if name == "scaled_dot_product_attention":
+        # aten.scaled_dot_product_attention(query, key, value, mask, dropout probability, ...)
+        probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p")
+        return bool(probability)
+    return name in RANDOM
+
+
 def refuse_random(region: GraphModule, where: str) -> None:
     """Refuse a region that draws random numbers; UnsupportedError names the operator."""
     for node in region.graph.nodes:
-        name = aten_name(node)
-        active = name in DROPOUTS | FEATURE_DROPOUTS and node.args[1] > 0 and node.args[2]  # type: ignore[operator]
-        if name in RANDOM or active:
+        if draws_random(node):
             raise UnsupportedError(
                 f"{where} draws random numbers ({node.target}) inside a region of the program; "
                 "move the dropout out of the no-grad, autocast or checkpoint block"

@@ -32,9 +32,12 @@ class ExecutorConfig:
     `accumulate` batches make one optimizer step. `autocast` is the dtype of autocast regions around
     every stage, in which tensors between stages then travel; parameters and sums of gradients keep
     theirs. `receive_ahead` is the number of receives posted before they are needed. `record` keeps
-    the times of the last steps' actions. `parallelize(stage_module, mesh)` may shard a stage over
-    its data-parallel ranks (FSDP2) and returns the module to call; `mesh` has one axis, or is None
-    for a stage on one rank and over loopback.
+    the times of the last steps' actions. With `own_modules` a stage calls the user's submodules
+    that lie whole in it, so that forward hooks fire and torch.compile is obeyed; else, and under
+    schedules that split the backward, it runs from the exported graph alone.
+    `parallelize(stage_module, mesh)` may shard a stage over its data-parallel ranks (FSDP2) and
+    returns the module to call; `mesh` has one axis, or is None for a stage on one rank and over
+    loopback; stages then run from the exported graph.
     """
 
     loss_scope: LossScope = LossScope.SAMPLE
@@ -46,6 +49,7 @@ class ExecutorConfig:
     receive_ahead: int = 4
     device: str = "cpu"
     record: bool = False
+    own_modules: bool = True
     parallelize: Callable[[nn.Module, DeviceMesh | None], Any] | None = None
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from weft.runtime.grad_sync import GradientGroup, GradientSync
 from weft.runtime.param_init import WeightSource
 from weft.runtime.rank_loop import RankLoop, StageRun
 from weft.runtime.rank_program import RankPlan
-from weft.runtime.stage_module import StageModule
+from weft.runtime.stage_module import StageModule, weights_in_order
 from weft.runtime.stage_program import StageCut
 from weft.runtime.transport import Transport
 
@@ -161,10 +161,8 @@ class RankBuilder:
         previous = self._second_version(parameters) if self.two_versions else None
         if previous is not None:
             for run in runs.values():
-                fixed = [buffers[name] for name in run.program.buffers]
-                newest = [parameters[name] for name in run.program.parameters]
-                older = [previous[name] for name in run.program.parameters]
-                run.weights = ([*newest, *fixed], [*older, *fixed])
+                newest = weights_in_order(run.program, parameters, buffers)
+                run.weights = (newest, weights_in_order(run.program, previous, buffers))
         sync = sync_of(parameters)
         previous_sync = None if previous is None else sync_of(previous)
         owned = frozenset(n for n in names if self._owner(n) == rank_plan.rank)
@@ -217,9 +215,7 @@ class RankBuilder:
                 rank_plan, runs, transport, None, training=False
             )
         for run in runs.values():
-            newest = [rank.parameters[name] for name in run.program.parameters]
-            fixed = [rank.buffers[name] for name in run.program.buffers]
-            run.forced_weights = [*newest, *fixed]
+            run.forced_weights = weights_in_order(run.program, rank.parameters, rank.buffers)
         builder = replace(self, source=source)
         return builder._loop(rank_plan, runs, transport, None, training=False)
 

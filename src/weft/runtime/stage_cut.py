@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -23,6 +23,7 @@ from weft.graph.aten import SHAPE_ONLY
 from weft.graph.capture import Capture
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.runtime.aten_nodes import RANDOM, STATISTICS, aten_name, size_value, without_writes
+from weft.runtime.own_modules import Call, calls_of, own_calls
 from weft.runtime.stage_program import (
     CutEdge,
     LeafInput,
@@ -43,19 +44,24 @@ def cut_stages(
     split_backward: bool = False,
     edge_dtype: torch.dtype | None = None,
     whole_batch: bool = False,
+    module: nn.Module | None = None,
 ) -> StageCut:
     """The programs of the plan's stages, ready to run on `device`.
 
     With `allow_mixing` samples of a micro-batch may meet in one tensor (a contrastive loss). With
     `split_backward` linear layers can leave their weights' gradients for later. Floating tensors
     between stages have `edge_dtype` where it is given. With `whole_batch` what relates samples to
-    each other, and the loss, becomes the tail of its stage.
+    each other, and the loss, becomes the tail of its stage. With `module`, the captured one, stages
+    call its submodules where these lie whole in a stage (`weft.runtime.own_modules`).
     Raises UnsupportedError for operators that a pipeline cannot run as one process would
     (BatchNorm in training, unseeded random numbers), PlanError where the plan lacks an edge.
     """
     cutter = StageCutter(capture, plan, device, allow_mixing)
     cutter.split_backward, cutter.edge_dtype = split_backward, edge_dtype
     cutter.whole_batch = whole_batch
+    if module is not None and not split_backward:
+        # A split backward replaces linear layers, which the user's modules would not know of.
+        cutter.module, cutter.calls = module, calls_of(cutter.nodes)
     return cutter.cut()
 
 
@@ -69,6 +75,8 @@ class StageCutter:
         self.allow_mixing = allow_mixing
         self.split_backward = False
         self.whole_batch = False
+        self.module: nn.Module | None = None
+        self.calls: list[Call] = []
         self.tails: dict[int, Draft] = {}
         self.edge_dtype: torch.dtype | None = None
         self.nodes = list(capture.program.graph.nodes)
@@ -121,6 +129,12 @@ class StageCutter:
             loss_stages=tuple(sorted(losses)),
             fixed_batches=self._fixed_batches(),
         )
+
+    def submodule(self, path: str) -> nn.Module:
+        """The user's module of this path."""
+        if self.module is None:
+            raise IntegrityError(f"module {path!r} is asked for, but no module was given")
+        return self.module.get_submodule(path)
 
     # Who owns a node
 
@@ -252,7 +266,7 @@ class StageCutter:
                 self._hand_on(owner, index, node)
                 continue
             draft.inside.add(node)
-            stack.extend(self._operands(node, index))
+            stack.extend(self.operands(node, index))
 
     def _collect_tail(self, index: int, losses: Sequence[Node]) -> Draft:
         """What a loss stage computes for the whole batch; `incoming` is what it needs of it."""
@@ -285,7 +299,7 @@ class StageCutter:
                 draft.incoming[node] = index
                 continue
             draft.inside.add(node)
-            stack.extend(self._operands(node, index))
+            stack.extend(self.operands(node, index))
         return draft
 
     def _late_nodes(self) -> set[Node]:
@@ -349,7 +363,7 @@ class StageCutter:
             )
         self.drafts[source].roots.append(node)
 
-    def _operands(self, node: Node, index: int) -> list[Node]:
+    def operands(self, node: Node, index: int) -> list[Node]:
         """What must be there for a node; not the operands that it reads for their shape alone."""
         shape_only = self.shape_operands(node)
         return [
@@ -370,7 +384,8 @@ class StageCutter:
     def _program(
         self, index: int, draft: Draft, outputs: Sequence[Node], losses: Sequence[Node]
     ) -> StageProgram:
-        writer = StageWriter(self, index, draft)
+        calls = own_calls(self, index, draft, [*outputs, *losses]) if self.calls else []
+        writer = StageWriter(self, index, draft, calls)
         module = writer.write(outputs, losses)
         num_pairs = [bool(loss.total) for loss in self.capture.losses]
         return StageProgram(
@@ -389,6 +404,8 @@ class StageCutter:
             losses=(True,) if num_pairs == [True] and losses else (False,) * len(losses),
             counts_samples=self.by_name[self.capture.losses[0].mean] in losses,
             has_dropout=writer.has_dropout,
+            own=tuple(call.module for call in calls),
+            num_nodes=writer.num_nodes,
         )
 
     def inputs_of(self, draft: Draft) -> list[Node]:

@@ -8,6 +8,7 @@ schedule computes what a single process does with the same global batch. A sched
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from weft.runtime.rank_state import RankBuilder, RankState, gradient_groups
 from weft.runtime.stage_cut import check_edges, cut_stages
 from weft.runtime.transport import Handle, RankProgram, World
 from weft.sim.timeline import Timeline
+
+_log = logging.getLogger("weft.runtime")
 
 SUPPORTED_KINDS = (
     COMPUTE_KINDS | SEND_KINDS | RECV_KINDS | {ActionKind.REDUCE_GRAD, ActionKind.STEP}
@@ -159,6 +162,8 @@ class TorchStageExecutor:
             split_backward=splits_backward,
             edge_dtype=self.config.autocast,
             whole_batch=self.config.loss_scope is LossScope.GLOBAL,
+            # Who shards a stage (`parallelize`) finds all of its weights in one module.
+            module=module if self.config.own_modules and not self.config.parallelize else None,
         )
         check_edges(self.cut, plan)
         plans = rank_plans(self.schedule, self.cut, plan.used_devices)
@@ -185,6 +190,8 @@ class TorchStageExecutor:
             self._builder.build(plans[transport.rank], transport) for transport in world.transports
         )
         for rank in self.ranks:
+            for stage in rank.stages:
+                _log.info("stage %d: %s", stage, self.cut.stages[stage].how_built)
             if optimizer is not None and rank.trainable:
                 rank.optimizer = _checked(optimizer(rank.trainable))
             if self.config.record:

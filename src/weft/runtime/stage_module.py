@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weft.runtime.micro_batch import MicroBatch
+from weft.runtime.own_modules import LentWeights
 from weft.runtime.stage_program import StageProgram
 
 
@@ -26,17 +27,26 @@ class StageModule(nn.Module):
     ) -> None:
         super().__init__()
         self.program = program
+        self._own = tuple(own.module for own in program.own)
+        self._lent = LentWeights(program.own) if program.own else None
+        self._num_direct = len(program.parameters) + len(program.buffers)
         self._run = program.module.forward
         self._sizes: dict[int, tuple[int, ...]] = {}
         self._weights: list[tuple[dict[str, Any], str]] = []
-        for name in program.parameters:
-            owner, leaf = self._owner(name)
-            owner.register_parameter(leaf, parameters[name])
-            self._weights.append((owner._parameters, leaf))
-        for name in program.buffers:
-            owner, leaf = self._owner(name)
-            owner.register_buffer(leaf, buffers[name])
-            self._weights.append((owner._buffers, leaf))
+        for are_parameters, names in (
+            (True, program.parameters),
+            (False, program.buffers),
+            (True, program.own_parameters),
+            (False, program.own_buffers),
+        ):
+            for name in names:
+                owner, leaf = self._owner(name)
+                if are_parameters:
+                    owner.register_parameter(leaf, parameters[name])
+                else:
+                    owner.register_buffer(leaf, buffers[name])
+                held = owner._parameters if are_parameters else owner._buffers
+                self._weights.append((held, leaf))
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         """The nested container that holds `name`, made where it is missing, and the last part."""
@@ -65,4 +75,23 @@ class StageModule(nn.Module):
             self._sizes[n] = sizes
         if weights is None:
             weights = [held[leaf] for held, leaf in self._weights]
-        return self._run(call, *sizes, *inputs, *weights)
+        if self._lent is None:
+            return self._run(call, *sizes, *inputs, *weights)
+        self._lent.lend(weights[self._num_direct :], training=call.training)
+        try:
+            direct = weights[: self._num_direct]
+            return self._run(call, *sizes, *inputs, *direct, *self._own)
+        finally:
+            self._lent.take_back()
+
+
+def weights_in_order(
+    program: StageProgram, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """A stage's weights in the order in which `StageModule.forward` takes them."""
+    return [
+        *(parameters[name] for name in program.parameters),
+        *(buffers[name] for name in program.buffers),
+        *(parameters[name] for name in program.own_parameters),
+        *(buffers[name] for name in program.own_buffers),
+    ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 
@@ -55,8 +56,24 @@ class LeafInput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnModule:
+    """A submodule of the user's that a stage calls as it is, by its path in the model.
+
+    `parameters` and `buffers` hold (module, attribute, name in the model) of all inside it.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: tuple[tuple[nn.Module, str, str], ...]
+    buffers: tuple[tuple[nn.Module, str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageProgram:
-    """One stage as a function of (MicroBatch, sizes..., inputs..., parameters..., buffers...).
+    """One stage as a function of (MicroBatch, sizes..., inputs..., weights..., own modules...).
+
+    The weights are `parameters`, then `buffers`. `own` are the user's submodules that it calls;
+    `num_nodes` is how many nodes of the exported program are left beside them.
 
     It returns its outputs, then for a stage with losses (total, weight) of each. A `weight` of
     None in `losses` stands for the number of samples, and the total for a mean.
@@ -75,19 +92,45 @@ class StageProgram:
     counts_samples: bool
     """Whether the weight of means is counted here: once for all tasks."""
     has_dropout: bool
+    own: tuple[OwnModule, ...] = ()
+    num_nodes: int = 0
     tail: Tail | None = None
+
+    @property
+    def own_parameters(self) -> tuple[str, ...]:
+        """Parameters inside `own`, in the order in which LentWeights takes them."""
+        return tuple(name for own in self.own for _, _, name in own.parameters)
+
+    @property
+    def own_buffers(self) -> tuple[str, ...]:
+        """Buffers inside `own`, in the order in which LentWeights takes them."""
+        return tuple(name for own in self.own for _, _, name in own.buffers)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the user's modules hold all of its parameters: the cut is on their borders."""
+        return bool(self.own) and not self.parameters
+
+    @property
+    def how_built(self) -> str:
+        """In words: from which submodules, or from the exported graph."""
+        if not self.own:
+            return "cut from the exported graph"
+        names = ", ".join(own.path or "the whole model" for own in self.own)
+        between = f", with {self.num_nodes} nodes of the exported graph beside them"
+        return f"the user's own modules {names}{between if self.num_nodes else ''}"
 
     @property
     def held_parameters(self) -> tuple[str, ...]:
         """The parameters of the stage and its tail."""
-        more = () if self.tail is None else self.tail.program.parameters
-        return tuple(dict.fromkeys((*self.parameters, *more)))
+        more = () if self.tail is None else self.tail.program.held_parameters
+        return tuple(dict.fromkeys((*self.parameters, *self.own_parameters, *more)))
 
     @property
     def held_buffers(self) -> tuple[str, ...]:
         """The buffers of the stage and its tail."""
-        more = () if self.tail is None else self.tail.program.buffers
-        return tuple(dict.fromkeys((*self.buffers, *more)))
+        more = () if self.tail is None else self.tail.program.held_buffers
+        return tuple(dict.fromkeys((*self.buffers, *self.own_buffers, *more)))
 
 
 @dataclass(frozen=True, kw_only=True)

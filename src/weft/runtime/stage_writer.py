@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from weft.runtime.block_program import move_node, region_on
 from weft.runtime.micro_batch import split_linear
 
 if TYPE_CHECKING:
+    from weft.runtime.own_modules import OwnCall
     from weft.runtime.stage_cut import StageCutter
 
 
@@ -42,8 +44,14 @@ class Draft:
 class StageWriter:
     """Writes one stage's GraphModule."""
 
-    def __init__(self, cutter: StageCutter, index: int, draft: Draft) -> None:
+    def __init__(
+        self, cutter: StageCutter, index: int, draft: Draft, calls: Sequence[OwnCall] = ()
+    ) -> None:
         self.cutter, self.index, self.draft = cutter, index, draft
+        self.calls = {call.first: (i, call) for i, call in enumerate(calls)}
+        self.called = frozenset(node for call in calls for node in call.nodes)
+        self.own: list[Node] = []
+        self.num_nodes = 0
         self.graph = FxGraph()
         self.copied: dict[Node, Node] = {}
         self.sizes: list[tuple[int, int]] = []
@@ -57,15 +65,20 @@ class StageWriter:
     def write(self, outputs: Sequence[Node], losses: Sequence[Node]) -> GraphModule:
         """The stage as a module of its placeholders."""
         cutter, order = self.cutter, self.cutter.position
-        inside = sorted(self.draft.inside, key=order.__getitem__)
+        inside = sorted(self.draft.inside - self.called, key=order.__getitem__)
+        self.num_nodes = len(inside)
         self.key = self.graph.placeholder("call")
         for size in self._size_list(inside, losses):
             self._size_placeholder(size)
         for node in self.inputs:
             self.copied[node] = self.graph.placeholder(node.name)
-        self._weights()
-        for node in inside:
-            self._copy(node)
+        self._weights(inside)
+        self.own = [self.graph.placeholder(f"own_{i}") for i in range(len(self.calls))]
+        for node in sorted((*inside, *self.calls), key=order.__getitem__):
+            if node in self.calls:
+                self._call(*self.calls[node])
+            else:
+                self._copy(node)
         values = [self._value(node) for node in (*outputs, *losses)]
         self.graph.output(tuple(values))
         module = GraphModule(cutter.capture.program.graph_module, self.graph)
@@ -103,11 +116,25 @@ class StageWriter:
         size = size_value(node)
         return self.copied[node] if size is None else self._size(size)
 
-    def _weights(self) -> None:
+    def _call(self, number: int, call: OwnCall) -> None:
+        """Call the user's module in place of its nodes; as a method, so that hooks fire."""
+        inputs = tuple(self.copied[node] for node in call.inputs)
+        result = self.graph.call_method("__call__", (self.own[number], *inputs))
+        for node, leaf in call.outputs.items():
+            self.copied[node] = (
+                result
+                if call.is_tensor
+                else self.graph.call_function(operator.getitem, (result, leaf))
+            )
+
+    def _weights(self, inside: Sequence[Node]) -> None:
         """Placeholders of parameters, then of buffers; a tied parameter has one."""
         cutter = self.cutter
         by_name: dict[str, Node] = {}
         held = sorted(self.draft.placeholders - set(self.inputs), key=cutter.position.__getitem__)
+        if self.called:  # What only own modules read they hold themselves.
+            read = {n for node in inside for n in cutter.operands(node, self.index)}
+            held = [node for node in held if node in read or node in self.draft.roots]
         for wanted, names in (("PARAMETER", self.parameters), ("", self.buffers)):
             for node in held:
                 spec = cutter.specs[node]

@@ -1,0 +1,375 @@
+"""The user's own submodules inside a stage: found in the exported program, checked, then called.
+
+A submodule whose operators all lie in one stage need not run from the exported graph: the stage can
+call the user's nn.Module object, so that forward hooks fire and torch.compile is obeyed. What it is
+called with cannot be read off the graph, so it is inferred (the tensors that the call's nodes read
+from outside, in the order of their first use) and proved: the module and its nodes are both run on
+meta tensors, and must give the dispatcher the same operators with the same arguments. A module that
+does not (other constants, nested arguments, random numbers) is looked at part by part instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weft.base.errors import UnsupportedError
+from weft.runtime.aten_nodes import draws_random, size_value
+from weft.runtime.stage_program import OwnModule
+
+if TYPE_CHECKING:
+    from weft.runtime.stage_cut import StageCutter
+    from weft.runtime.stage_writer import Draft
+
+_log = logging.getLogger("weft.runtime")
+_ROOT = "module"
+"""The user's module within the exported program."""
+_MAX_ORDERED = 3
+"""Inputs up to which every order of them is tried."""
+
+
+class NotTheSameError(UnsupportedError):
+    """A submodule that cannot be called in place of its nodes; the message says why."""
+
+
+@dataclass(kw_only=True)
+class Call:
+    """One call of a submodule: its nodes in the exported program, and the calls made inside."""
+
+    path: str
+    nodes: list[Node] = field(default_factory=list)
+    inside: list[Call] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class OwnCall:
+    """A call that a stage makes itself: what goes in, in order, and where outputs come from."""
+
+    module: OwnModule
+    nodes: frozenset[Node]
+    first: Node
+    inputs: tuple[Node, ...]
+    outputs: Mapping[Node, int]
+    """Leaf of the module's result that stands for a node."""
+    is_tensor: bool
+    """Whether the result is one tensor."""
+
+
+def calls_of(nodes: Sequence[Node]) -> list[Call]:
+    """The outermost calls of the user's module, each with those inside it."""
+    by_key: dict[str, Call] = {}
+    roots: list[Call] = []
+    for node in nodes:
+        if node.op == "placeholder" or node.op == "output":
+            continue
+        parent: Call | None = None
+        for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+            if path != _ROOT and not path.startswith(_ROOT + "."):
+                continue
+            call = by_key.get(key)
+            if call is None:
+                call = by_key[key] = Call(path=path.removeprefix(_ROOT).removeprefix("."))
+                (roots if parent is None else parent.inside).append(call)
+            call.nodes.append(node)
+            parent = call
+    return roots
+
+
+def own_calls(
+    cutter: StageCutter, index: int, draft: Draft, outside: Sequence[Node]
+) -> list[OwnCall]:
+    """The largest submodule calls that lie whole in a stage and can be proved equal to its nodes.
+
+    `outside` are nodes that the stage hands on or returns.
+    """
+    found: list[OwnCall] = []
+    stack = list(cutter.calls)
+    read_by: dict[Node, set[Node]] = {}
+    for node in draft.inside:
+        for read in cutter.operands(node, index):
+            read_by.setdefault(read, set()).add(node)
+    while stack:
+        call = stack.pop()
+        owned = [node for node in call.nodes if node in cutter.owner]
+        if owned and draft.inside.issuperset(owned):
+            try:
+                found.append(_own_call(cutter, index, draft, call, read_by, outside))
+                continue
+            except NotTheSameError as error:
+                _log.debug("stage %d: %s", index, error)
+        stack.extend(call.inside)
+    return sorted(found, key=lambda own: cutter.position[own.first])
+
+
+def _own_call(
+    cutter: StageCutter,
+    index: int,
+    draft: Draft,
+    call: Call,
+    read_by: Mapping[Node, set[Node]],
+    outside: Sequence[Node],
+) -> OwnCall:
+    nodes = frozenset(call.nodes)
+    inside = [node for node in call.nodes if node in draft.inside]
+    if any(draws_random(node) for node in call.nodes):
+        raise NotTheSameError(f"module {call.path!r} draws random numbers")
+    returned = set(outside)
+    results = [n for n in inside if n in returned or not read_by.get(n, set()) <= nodes]
+    inputs: dict[Node, None] = {}
+    for node in inside:
+        for read in cutter.operands(node, index):
+            if read in nodes or size_value(read) is not None:
+                continue
+            if read.op == "placeholder" and cutter.specs[read].kind.name != "USER_INPUT":
+                if cutter.specs[read].kind.name == "CONSTANT_TENSOR":
+                    raise NotTheSameError(f"module {call.path!r} reads constant {read.name!r}")
+                continue
+            inputs[read] = None
+    module = cutter.submodule(call.path)
+    proof = _Proof(cutter, call, module, tuple(inputs))
+    orders = (
+        itertools.permutations(inputs) if len(inputs) <= _MAX_ORDERED else iter([tuple(inputs)])
+    )
+    for order in orders:
+        outputs = proof.outputs_of(order, results)
+        if outputs is not None:
+            return OwnCall(
+                module=_own_module(cutter, call.path, module),
+                nodes=nodes,
+                first=inside[0],
+                inputs=tuple(order),
+                outputs=outputs,
+                is_tensor=proof.is_tensor,
+            )
+    raise NotTheSameError(f"module {call.path!r} does not compute what its nodes do")
+
+
+def _own_module(cutter: StageCutter, path: str, module: nn.Module) -> OwnModule:
+    prefix = f"{path}." if path else ""
+    canonical = cutter.capture.canonical
+    parameters, buffers = [], []
+    for part_path, part in module.named_modules():
+        start = f"{part_path}." if part_path else ""
+        for leaf, parameter in part._parameters.items():
+            name = canonical.get(prefix + start + leaf)
+            # One that the loss does not depend on stays as it is.
+            if parameter is not None and name in cutter.capture.graph.parameter_by_id:
+                parameters.append((part, leaf, name))
+        for leaf, buffer in part._buffers.items():
+            if buffer is not None:
+                buffers.append((part, leaf, prefix + start + leaf))
+    return OwnModule(path=path, module=module, parameters=tuple(parameters), buffers=tuple(buffers))
+
+
+class _Proof:
+    """Runs a call's nodes, then its module, on meta tensors; see the head of the file."""
+
+    def __init__(
+        self, cutter: StageCutter, call: Call, module: nn.Module, inputs: tuple[Node, ...]
+    ) -> None:
+        self.cutter, self.call, self.inputs = cutter, call, inputs
+        self.is_tensor = True
+        self.held: dict[str, Tensor] = {}
+        try:
+            with torch.inference_mode():
+                self._prepare(module)
+        except Exception as error:  # Whatever a user's forward may raise on meta tensors.
+            raise NotTheSameError(
+                f"module {call.path!r} cannot be followed: {type(error).__name__}: {error}"
+            ) from error
+
+    def _prepare(self, module: nn.Module) -> None:
+        cutter = self.cutter
+        self.held = {}
+        for node in self.call.nodes:
+            for read in cutter.reads(node):
+                name = _weight_name(cutter, read)
+                if name is not None and name not in self.held:
+                    value = read.meta["val"]
+                    self.held[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        self.values = {node: self._example(node) for node in self.inputs}
+        self.shell = _shell(module, self.call.path, self.held, cutter.capture.canonical)
+        self.shell.train()
+        recorder = _Recorder([*self.held.values(), *self.values.values()])
+        with recorder:
+            made = self._run_nodes()
+        self.wanted = recorder.steps
+        self.number_of = {
+            node: recorder.number(value)
+            for node, value in made.items()
+            if isinstance(value, Tensor)
+        }
+
+    def outputs_of(self, order: Sequence[Node], results: Sequence[Node]) -> dict[Node, int] | None:
+        """Leaf of the module's result for each node of `results`; None where they differ."""
+        recorder = _Recorder([*self.held.values(), *self.values.values()])
+        try:
+            with torch.inference_mode(), recorder:
+                result = self.shell(*(self.values[node] for node in order))
+            leaves = pytree.tree_leaves(result)
+            numbers = [recorder.number(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        except Exception:  # Another order may suit the module's forward.
+            return None
+        if recorder.steps != self.wanted or len(numbers) != len(leaves):
+            return None
+        self.is_tensor = isinstance(result, Tensor)
+        if not self.is_tensor and type(result) not in (tuple, list):
+            return None
+        if not self.is_tensor and any(not isinstance(part, Tensor) for part in result):
+            return None
+        found: dict[Node, int] = {}
+        for node in results:
+            number = self.number_of.get(node)
+            if number is None or number not in numbers:
+                return None
+            found[node] = numbers.index(number)
+        return found
+
+    def _example(self, node: Node) -> Tensor:
+        value = node.meta["val"]
+        batch = self.cutter.capture.batch
+        sizes = [slope * batch + fixed for slope, fixed in map(self.cutter.size, value.shape)]
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+    def _run_nodes(self) -> dict[Node, Any]:
+        values: dict[Node, Any] = dict(self.values)
+
+        def value_of(node: Node) -> Any:
+            if node in values:
+                return values[node]
+            name = _weight_name(self.cutter, node)
+            if name is not None:
+                return self.held[name]
+            size = size_value(node)
+            if size is None:
+                raise NotTheSameError(f"node {node.name!r} is read but lies outside")
+            slope, fixed = self.cutter.size(size)
+            return slope * self.cutter.capture.batch + fixed
+
+        for node in self.call.nodes:
+            if "_assert" in str(node.target) or size_value(node) is not None:
+                continue
+            if node.op != "call_function":
+                raise NotTheSameError(f"node {node.name!r} is a region of the program")
+            args, kwargs = pytree.tree_map_only(Node, value_of, (node.args, dict(node.kwargs)))
+            args, kwargs = pytree.tree_map_only(
+                torch.device, lambda _: torch.device("meta"), (args, kwargs)
+            )
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values
+
+
+def _weight_name(cutter: StageCutter, node: Node) -> str | None:
+    """The name of the parameter or buffer that a node stands for."""
+    spec = cutter.specs.get(node)
+    if spec is None or spec.kind.name == "USER_INPUT":
+        return None
+    name = str(spec.target).removeprefix("module.")
+    return cutter.capture.canonical.get(name, name)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operator with its arguments; tensors count by who made them."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.steps: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # No tensor dies, so no id is used twice.
+        for tensor in known:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self._kept)
+            self._kept.append(tensor)
+
+    def number(self, tensor: Tensor) -> int:
+        """The tensor's number; NotTheSameError for one that nobody has seen."""
+        number = self._numbers.get(id(tensor))
+        if number is None:
+            raise NotTheSameError("a tensor comes from nowhere")
+        return number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "_assert" in str(func):
+            return func(*args, **kwargs)
+        noted = pytree.tree_map_only(Tensor, lambda t: ("tensor", self.number(t)), (args, kwargs))
+        set_ones = {key: value for key, value in noted[1].items() if value not in (None, False)}
+        result = func(*args, **kwargs)
+        self.steps.append((str(func), repr(noted[0]), repr(sorted(set_ones.items(), key=str))))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+
+def _shell(
+    module: nn.Module, path: str, held: Mapping[str, Tensor], canonical: Mapping[str, str]
+) -> nn.Module:
+    """The module's structure with meta tensors, without hooks and not compiled."""
+    inner = module._modules.get("_orig_mod")  # What torch.compile(module) wraps.
+    if inner is not None:
+        return _shell(inner, f"{path}._orig_mod".removeprefix("."), held, canonical)
+    prefix = f"{path}." if path else ""
+    shell = copy.copy(module)
+    state = shell.__dict__
+    for name in [key for key in state if key.endswith("_hooks") or "_hooks_" in key]:
+        if isinstance(state[name], dict):
+            state[name] = OrderedDict()
+    state["_compiled_call_impl"] = None
+    state["_parameters"] = {
+        leaf: None if value is None else held.get(canonical.get(prefix + leaf, ""), value)
+        for leaf, value in module._parameters.items()
+    }
+    state["_buffers"] = {
+        leaf: None if value is None else held.get(prefix + leaf, value)
+        for leaf, value in module._buffers.items()
+    }
+    state["_modules"] = {
+        name: None if part is None else _shell(part, prefix + name, held, canonical)
+        for name, part in module._modules.items()
+    }
+    return shell
+
+
+class LentWeights:
+    """Puts a rank's weights into the user's modules for one call, and the modules' own back.
+
+    So the modules stay as the user gave them, and ranks of one process can share them.
+    """
+
+    def __init__(self, modules: Sequence[OwnModule]) -> None:
+        self._modules = [own.module for own in modules]
+        self._slots: list[tuple[dict[str, Any], str]] = [
+            *((part._parameters, leaf) for own in modules for part, leaf, _ in own.parameters),
+            *((part._buffers, leaf) for own in modules for part, leaf, _ in own.buffers),
+        ]
+        self._before: list[Tensor] = []
+
+    def lend(self, weights: Sequence[Tensor], *, training: bool) -> None:
+        """Put weights in, in the order of StageProgram.own's parameters, then buffers."""
+        for module in self._modules:
+            if module.training is not training:
+                module.train(training)
+        self._before = [held[leaf] for held, leaf in self._slots]
+        for (held, leaf), weight in zip(self._slots, weights, strict=True):
+            held[leaf] = weight
+
+    def take_back(self) -> None:
+        """Put back what was there."""
+        for (held, leaf), weight in zip(self._slots, self._before, strict=True):
+            held[leaf] = weight
+        self._before = []
