@@ -396,6 +396,27 @@ def test_tenants_share_by_weight() -> None:
     assert 2.0 <= half.count("a") / half.count("b") <= 4.5
 
 
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_many_jobs_of_a_tenant_do_not_keep_anothers_waiting(num_slots: int) -> None:
+    policy, executor = make(max_finetune_samples=num_slots)
+    for i in range(6):
+        policy.add_job(job(f"a{i}", tenant="many"))
+    EngineLoop(policy, executor).step()
+    for i in range(2):
+        policy.add_job(job(f"b{i}", tenant="few"))
+    events = drain(policy, executor)
+    started = [
+        event.job_id
+        for event in events
+        if isinstance(event, JobChanged) and event.status is JobStatus.RUNNING
+    ]
+    assert sorted(started) == sorted(["a0", "a1", "a2", "a3", "a4", "a5", "b0", "b1"])
+    # Of those that start once both tenants have jobs, the first two are not of one tenant alone.
+    assert {name[0] for name in started[num_slots : num_slots + 2]} == {"a", "b"}
+    assert started.index("b1") < started.index("a4")
+    assert [name for name in started if name[0] == "a"] == [f"a{i}" for i in range(6)]
+
+
 def test_idling_saves_up_no_claim() -> None:
     share = FairShare()
     share.join("busy")

@@ -8,6 +8,8 @@ batches in order; results bring losses, events and failures. (FlexLLM, arXiv 240
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from weft.base.clock import Clock
@@ -156,7 +158,7 @@ class FinetuneJobs:
         jobs = [job for job in self._jobs.values() if not job.is_paused]
         if any(job.is_started and job.phase is not JobPhase.ENDED for job in jobs):
             return True
-        head = next((job for job in jobs if not job.is_started), None)
+        head = self._next_to_start(())
         return head is not None and self._can_start(head)
 
     @property
@@ -197,17 +199,31 @@ class FinetuneJobs:
         return part
 
     def _start_jobs(self, part: FinetunePart) -> None:
-        for job in self._jobs.values():
-            if job.is_started or job.is_paused or job.spec.id in part.job_ends:
-                continue
+        while (job := self._next_to_start(part.job_ends)) is not None:
             if not self._can_start(job):
-                break  # First come, first served: a small job does not pass a large one.
+                break  # A small job does not pass a large one, or that would wait for ever.
             part.job_starts.append(job.start())
             part.lives[job.spec.id] = job.life
             job.last_step_s = self._clock.now_s()
             if job.status is JobStatus.QUEUED:
                 job.status = JobStatus.RUNNING
                 self._change(job, JobStatus.RUNNING)
+
+    def _next_to_start(self, ending: Sequence[str]) -> Job | None:
+        """The first that came of the tenant that has least under way, and then was served least:
+        many jobs of one tenant do not keep another's waiting."""
+        num_started = Counter(job.spec.tenant for job in self._jobs.values() if job.is_started)
+
+        def served(job: Job) -> tuple[float, float]:
+            tenant, weight = job.spec.tenant, job.spec.tenant_weight
+            return num_started[tenant] / weight, self._tenants.counter(tenant)
+
+        queued = (
+            job
+            for name, job in self._jobs.items()
+            if not (job.is_started or job.is_paused or name in ending)
+        )
+        return min(queued, key=served, default=None)
 
     def _next_job(self, stuck: set[str]) -> Job | None:
         ready: dict[str, list[str]] = {}
