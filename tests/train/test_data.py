@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from train.small import data, model
 from weft.base.errors import ConfigError
+from weft.graph.capture import Capture
+from weft.model.zoo.registry import ZooModel
 from weft.train.data import ColumnSource, SampleOrder, TrainData
 
 
@@ -68,8 +72,64 @@ def test_columns_may_be_mapped_from_disk_and_take_the_models_dtype(tmp_path: Pat
 
 def test_wrong_numbers_of_tensors_and_samples_are_refused() -> None:
     good, capture = data(), model().trace()
-    with pytest.raises(ConfigError, match="holds 2 tensors; the model takes 3"):
+    with pytest.raises(ConfigError, match=r"holds 2 tensors .* the model takes 3"):
         ColumnSource(TrainData(inputs=good.inputs), capture, 8)
     short = TrainData(inputs=good.inputs, targets=(good.targets[0][:-1],))
     with pytest.raises(ConfigError, match="unequal numbers of samples"):
         ColumnSource(short, capture, 8)
+
+
+class Named(nn.Module):
+    """Two inputs of one shape, by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, first: Tensor, second: Tensor, ids: Tensor) -> Tensor:
+        return (self.one(first) - self.other(second)).squeeze(1) * ids
+
+
+def named_capture() -> Capture:
+    example = {"first": torch.zeros(2, 4), "second": torch.zeros(2, 4)}
+    return ZooModel(
+        name="named",
+        module=Named(),
+        example_inputs={**example, "ids": torch.zeros(2, dtype=torch.long)},
+        targets=(torch.zeros(2),),
+        loss=functional.mse_loss,
+    ).trace()
+
+
+def named_columns() -> dict[str, Tensor]:
+    return {"first": torch.ones(8, 4), "second": torch.zeros(8, 4), "ids": torch.arange(8)}
+
+
+def test_keyword_inputs_are_matched_by_name() -> None:
+    columns = dict(reversed(named_columns().items()))
+    assert list(columns) == ["ids", "second", "first"]
+    source = ColumnSource(
+        TrainData(inputs=columns, targets=(torch.zeros(8),)), named_capture(), 4, shuffles=False
+    )
+    found = source.fetch(0, (0, 1, 2), 0, 2)
+    assert [tensor.float().mean().item() for tensor in found] == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"third": torch.ones(8, 4)}, r"holds 5 tensors .*inputs\['third'\].* takes 4"),
+        ({"first": torch.ones(8, 5)}, r"kwargs_first has shape \(8, 5\); .* \(samples, 4\)"),
+        ({"first": torch.ones(8)}, r"kwargs_first has shape \(8,\); the model takes"),
+        ({"ids": torch.rand(8)}, r"kwargs_ids holds torch.float32 where .* torch.int64"),
+    ],
+)
+def test_columns_unlike_the_model_are_refused(change: dict[str, Tensor], message: str) -> None:
+    held = TrainData(inputs=named_columns() | change, targets=(torch.zeros(8),))
+    with pytest.raises(ConfigError, match=message):
+        ColumnSource(held, named_capture(), 4)
+
+
+def test_short_validation_data_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"validation data holds 24 .* one batch of the plan"):
+        ColumnSource(data(), model().trace(), 32, what="validation data")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ class TrainData:
 
     `inputs` are the model's positional (tuple) or keyword (mapping) arguments, `targets` the loss's
     further arguments: tensors or NumPy arrays, memory-mapped ones too, of which only the samples
-    asked for are read. A tensor that the model takes whole (no batch axis) is given whole.
+    asked for are read. A tensor that the model takes whole (no batch axis) is given whole. Mappings
+    are matched by their keys, in any order.
     """
 
     inputs: tuple[Any, ...] | Mapping[str, Any]
@@ -32,25 +33,39 @@ class TrainData:
     @property
     def leaves(self) -> list[Any]:
         """Tensors and arrays in the order of `Capture.leaves`."""
-        arguments = (self.inputs, {}) if isinstance(self.inputs, tuple) else ((), self.inputs)
-        flat = pytree.tree_leaves((*arguments, self.targets))
-        return [leaf for leaf in flat if isinstance(leaf, (Tensor, np.ndarray))]
+        return [leaf for _, leaf in self.paths]
+
+    @property
+    def paths(self) -> list[tuple[tuple[Any, ...], Any]]:
+        """Each tensor and array with its key path within (args, kwargs, targets)."""
+        arguments = (self.inputs, {}) if isinstance(self.inputs, tuple) else ((), dict(self.inputs))
+        flat, _ = pytree.tree_flatten_with_path((*arguments, self.targets))
+        return [(path, leaf) for path, leaf in flat if isinstance(leaf, (Tensor, np.ndarray))]
 
 
 class SampleOrder:
     """Which sample comes when: a permutation an epoch, whole batches only."""
 
     def __init__(
-        self, num_samples: int, batch_samples: int, *, seed: int, shuffles: bool = True
+        self,
+        num_samples: int,
+        batch_samples: int,
+        *,
+        seed: int,
+        shuffles: bool = True,
+        what: str = "data",
     ) -> None:
         """`batch_samples` make one optimizer step; an epoch's remainder waits for another epoch.
+
+        `what` names the samples in errors.
 
         Raises:
             ConfigError: there are fewer samples than one step takes.
         """
         if num_samples < batch_samples:
+            taker = "one optimizer step" if what == "data" else "one batch of the plan"
             raise ConfigError(
-                f"the data holds {num_samples} samples; one optimizer step takes {batch_samples}: "
+                f"the {what} holds {num_samples} samples; {taker} takes {batch_samples}: "
                 "give more data or a plan with a smaller batch"
             )
         self.steps_per_epoch = num_samples // batch_samples
@@ -87,21 +102,21 @@ class ColumnSource:
         *,
         seed: int = 0,
         shuffles: bool = True,
+        what: str = "data",
     ) -> None:
         """`batch_samples` are the samples of one optimizer step, of all its flushes.
 
         Raises:
-            ConfigError: tensors are missing, of unequal lengths, or fewer samples than one step.
+            ConfigError: tensors are missing, of other names, shapes or kinds of number than the
+                model's, of unequal lengths, or fewer samples than one step; `what` names them.
         """
-        self._columns = data.leaves
+        self._columns = _in_order(data, capture, what)
         self._axes = tuple(leaf.batch_axis for leaf in capture.leaves)
-        self._dtypes = _dtypes(capture)
+        values = _examples(capture)
+        self._dtypes = [value.dtype for value in values]
         names = [leaf.name for leaf in capture.leaves]
-        if len(self._columns) != len(names):
-            raise ConfigError(
-                f"the data holds {len(self._columns)} tensors; the model takes {len(names)} "
-                f"({', '.join(names)})"
-            )
+        for name, column, axis, value in zip(names, self._columns, self._axes, values, strict=True):
+            _check_column(f"the {what}'s {name}", column, axis, value)
         lengths = {
             name: column.shape[axis]
             for name, column, axis in zip(names, self._columns, self._axes, strict=True)
@@ -109,9 +124,11 @@ class ColumnSource:
         }
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-            raise ConfigError(f"the data's tensors hold unequal numbers of samples ({listed})")
+            raise ConfigError(f"the {what}'s tensors hold unequal numbers of samples ({listed})")
         self.num_samples: int = next(iter(lengths.values()), 0)
-        self.order = SampleOrder(self.num_samples, batch_samples, seed=seed, shuffles=shuffles)
+        self.order = SampleOrder(
+            self.num_samples, batch_samples, seed=seed, shuffles=shuffles, what=what
+        )
 
     def fetch(
         self, step: int, leaves: tuple[int, ...], first_sample: int, num_samples: int
@@ -134,11 +151,64 @@ class ColumnSource:
         return found if found.dtype == wanted else found.to(wanted)
 
 
-def _dtypes(capture: Capture) -> list[torch.dtype]:
-    """The dtypes with which the model was captured, by leaf."""
+def _examples(capture: Capture) -> list[Tensor]:
+    """What the model was captured with, by leaf: dtypes and shapes."""
     by_name = {
-        node.name: node.meta["val"].dtype
+        node.name: node.meta["val"]
         for node in capture.program.graph.nodes
         if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
     }
     return [by_name[leaf.name] for leaf in capture.leaves]
+
+
+def _in_order(data: TrainData, capture: Capture, what: str) -> list[Any]:
+    """The data's columns in the order of the model's leaves: by key where there are keys."""
+    given, wanted = dict(data.paths), _leaf_paths(capture)
+    if given.keys() == set(wanted):
+        return [given[path] for path in wanted]
+    has_keys = any(isinstance(key, pytree.MappingKey) for path in given for key in path)
+    if has_keys or len(given) != len(wanted):
+        raise ConfigError(
+            f"the {what} holds {len(given)} tensors ({_listed(given)}); the model takes "
+            f"{len(wanted)} ({_listed(wanted)})"
+        )
+    return list(given.values())
+
+
+def _listed(paths: Iterable[tuple[Any, ...]]) -> str:
+    """Key paths within (args, kwargs, targets) as a reader would write them."""
+    roots = ("inputs", "inputs", "targets")
+    return ", ".join(roots[path[0].idx] + pytree.keystr(path[1:]) for path in paths) or "none"
+
+
+def _leaf_paths(capture: Capture) -> list[tuple[Any, ...]]:
+    """The key path of each leaf within (args, kwargs, targets)."""
+    spec = capture.program.call_spec.in_spec
+    if spec is None:
+        raise ConfigError(
+            f"graph {capture.graph.name!r} was captured without a call; capture again"
+        )
+    flat, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    path_of = {position: path for path, position in flat}
+    inputs = capture.program.graph_signature.input_specs
+    names = [entry.arg.name for entry in inputs if entry.kind.name == "USER_INPUT"]
+    # torch.export was given these three as positional arguments.
+    return [path_of[names.index(leaf.name)][1:] for leaf in capture.leaves]
+
+
+def _check_column(name: str, column: Any, axis: int | None, example: Tensor) -> None:
+    """Refuse a column whose samples are not shaped like the model's."""
+    wanted = ["samples" if i == axis else int(size) for i, size in enumerate(example.shape)]
+    found = ["samples" if i == axis else int(size) for i, size in enumerate(column.shape)]
+    if found != wanted:
+        shape = ", ".join(map(str, wanted))
+        raise ConfigError(
+            f"{name} has shape {tuple(column.shape)}; the model takes ({shape}): give columns "
+            "like its example inputs"
+        )
+    kinds = column if isinstance(column, Tensor) else torch.from_numpy(np.empty(0, column.dtype))
+    if kinds.is_floating_point() and not example.is_floating_point():
+        raise ConfigError(
+            f"{name} holds {kinds.dtype} where the model takes {example.dtype}, and would lose "
+            "its fractions; convert it"
+        )

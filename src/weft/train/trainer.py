@@ -122,7 +122,13 @@ class Trainer:
         self._validation = (
             None
             if data.validation is None
-            else ColumnSource(data.validation, self.capture, self.plan.batch_size, shuffles=False)
+            else ColumnSource(
+                data.validation,
+                self.capture,
+                self.plan.batch_size,
+                shuffles=False,
+                what="validation data",
+            )
         )
         self.executor = TorchStageExecutor(
             plan=self.plan,
@@ -171,7 +177,7 @@ class Trainer:
         with _stop_signal() as stop_asked, self._writer() as writer:
             for result in self._steps():
                 done = result.step + 1
-                lr = self.schedulers[0].get_last_lr()[0] if self.schedulers else None
+                lr = float(self.schedulers[0].get_last_lr()[0]) if self.schedulers else None
                 for scheduler in self.schedulers:
                     scheduler.step()
                 is_last = done == config.num_steps
