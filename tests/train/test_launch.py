@@ -14,9 +14,17 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from train.small import chain_plan, model
+from train.small import chain_plan, data, model
+from weft.base.errors import ConfigError, ModelLoadError
+from weft.plan.train_plan import PlanError
+from weft.runtime.stage_executor import NonFiniteLossError
+from weft.runtime.transport import PeerTimeoutError
+from weft.train.config import TrainConfig
+from weft.train.launch import is_final
 from weft.train.run_dir import read_metrics
+from weft.train.trainer import Trainer
 
 TESTS = Path(__file__).resolve().parents[1]
 SLOW = ("--data-option", "slow_s=0.02")
@@ -96,15 +104,97 @@ def wait_for_rank(process: subprocess.Popen[str], where: Path, *, rank: int, num
     raise AssertionError("the run ended, or never came so far")
 
 
-def test_a_loss_that_is_not_finite_ends_every_rank_with_its_reason(tmp_path: Path) -> None:
-    ended = run(
-        tmp_path,
-        *("--steps", "9", "--data-option", "poison=5", "--max-restarts", "0", "--no-shuffle"),
-    )
-    assert ended.returncode == 2
-    assert "is not finite on rank" in ended.stderr
+def assert_ended_for_good(ended: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    """It failed without a trace on the terminal, no restart was used up, and nobody is left."""
+    assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
+    noted = (tmp_path / "run" / "logs" / "failures").glob("rank-*.json")
+    entries = [json.loads(file.read_text()) for file in noted]
+    assert entries
+    assert {entry["attempt"] for entry in entries} == {0}
     assert no_orphans()
+
+
+def test_a_loss_that_is_not_finite_ends_every_rank_with_its_reason(tmp_path: Path) -> None:
+    ended = run(tmp_path, "--steps", "9", "--data-option", "poison=5", "--no-shuffle")
+    assert "is not finite on rank" in ended.stderr
+    assert_ended_for_good(ended, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data-option", "num_samples=4"), "the data holds 4 samples"),
+        (("--option", "width=12"), "is for graph"),
+        (("--option", "depth=3"), "TypeError: model() got an unexpected keyword"),
+        (("--data", "train.small:nothing"), "cannot be imported"),
+    ],
+)
+def test_what_would_fail_again_uses_up_no_restart(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    ended = run(tmp_path, "--steps", "9", *arguments)
+    assert message in ended.stderr
+    assert_ended_for_good(ended, tmp_path)
+
+
+@pytest.mark.long
+def test_a_checkpoint_of_another_model_ends_every_rank(tmp_path: Path) -> None:
+    other = model(width=10)
+    capture = other.trace()
+    Trainer(
+        plan=chain_plan(capture, 2),
+        model=other,
+        data=data(),
+        config=TrainConfig(num_steps=1, run_dir=tmp_path / "run"),
+        capture=capture,
+    ).run()
+    ended = run(tmp_path, "--steps", "9")
+    assert "another model: parameter" in ended.stderr
+    assert_ended_for_good(ended, tmp_path)
+
+
+def test_only_failures_that_come_again_are_final() -> None:
+    for error in (
+        PlanError("x"),
+        ConfigError("x"),
+        ModelLoadError("x"),
+        NonFiniteLossError("x"),
+        TypeError("x"),
+        ModuleNotFoundError("x"),
+    ):
+        assert is_final(error), error
+    for error in (
+        PeerTimeoutError("rank 1 hangs"),
+        RuntimeError("Connection closed by peer"),
+        torch.distributed.DistNetworkError("reset"),
+        OSError("no route to host"),
+    ):
+        assert not is_final(error), error
+
+
+def test_a_run_directory_that_cannot_be_written_starts_no_rank(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    ended = run(tmp_path, "--steps", "1")
+    assert ended.returncode == 2
+    assert "cannot be written" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_world_of_another_size_is_refused_by_every_rank(tmp_path: Path) -> None:
+    """As torchrun would start it, without our launcher: the rank says why itself."""
+    ended = subprocess.run(
+        command(tmp_path, "--steps", "1"),
+        env={**environment(), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        "weft train: rank 0: the plan runs on 2 devices, but torchrun started 3 ranks; start 2"
+    )
 
 
 def no_orphans() -> bool:
@@ -153,6 +243,7 @@ def test_settings_are_refused_before_any_rank_starts(
 
 def test_ranks_with_different_plans_are_told_at_start(tmp_path: Path) -> None:
     """Each rank of a multi-node run reads its own plan file: they may differ."""
+    told = "rank 1 was started with another plan than rank 0"
     first = command(tmp_path, "--steps", "2")
     other = tmp_path / "other.json"
     other.write_text(chain_plan(model().trace(), 2, batch_size=16).to_json())
@@ -163,13 +254,16 @@ def test_ranks_with_different_plans_are_told_at_start(tmp_path: Path) -> None:
             arguments,
             env={**environment(), **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank, arguments in enumerate((first, second))
     ]
-    assert [process.wait(timeout=120) for process in ranks] == [1, 1]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert told in said[0]  # nobody launched them that could say it
     noted = tmp_path / "run" / "logs" / "failures" / "rank-0.json"
-    assert "rank 1 was started with another plan than rank 0" in noted.read_text()
+    assert told in noted.read_text()
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,16 @@ from weft.runtime.param_init import SafetensorsWeights, empty_parameters
 from weft.runtime.stage_executor import LossScope
 from weft.train.config import OptimizerName, TrainConfig
 from weft.train.data import TrainData
-from weft.train.launch import is_worker, launch, log_to, note_failure, process_group
+from weft.train.launch import (
+    final_failure,
+    forget_failure,
+    is_restarted,
+    is_worker,
+    launch,
+    log_to,
+    note_failure,
+    process_group,
+)
 from weft.train.trainer import Trainer, print_progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -158,6 +168,14 @@ def _work(
 ) -> None:
     """One rank's life: any failure is noted for the launcher and ends the process at once."""
     rank = int(os.environ["RANK"])
+    if is_restarted():
+        # Another machine's agent may restart ranks after a failure that comes again.
+        reason = final_failure(config.run_dir)
+        if reason:
+            print(f"weft train: not restarted: {reason}", file=sys.stderr, flush=True)
+            os._exit(1)
+    else:
+        forget_failure(config.run_dir, rank)
     log_to(config.run_dir, rank)
     try:
         _check_world(plan)
@@ -177,8 +195,7 @@ def _work(
     except Exception as error:
         if not isinstance(error, WeftError):
             logging.getLogger("weft.train").exception("rank %d failed", rank)
-        name = "" if isinstance(error, WeftError) else f"{type(error).__name__}: "
-        note_failure(config.run_dir, rank, f"{name}{error}", time.time())
+        note_failure(config.run_dir, rank, error, time.time())
         logging.shutdown()
         # Not through the interpreter's exit: communicators would wait there for dead ranks.
         os._exit(1)
