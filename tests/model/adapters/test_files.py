@@ -106,6 +106,13 @@ SPECS = {
         target_modules=("k_proj", "up_proj", "down_proj"),
         feedforward_modules=("up_proj", "down_proj"),
     ),
+    "ia3-layers": AdapterSpec(
+        kind=AdapterKind.IA3, feedforward_modules=("down_proj",), layers_to_transform=(0, 2)
+    ),
+    "ia3-outputs": AdapterSpec(kind=AdapterKind.IA3, target_modules=("k_proj",)),
+    "regex-layers": AdapterSpec(
+        target_modules=REGEX, layers_to_transform=(2,), rank_pattern={"q_proj": 3}
+    ),
 }
 
 
@@ -163,6 +170,13 @@ def test_what_is_not_run_is_refused_by_name(
     read_adapter_spec(tmp_path)
     edit(tmp_path, change)
     with pytest.raises(UnsupportedError, match=said):
+        read_adapter_spec(tmp_path)
+
+
+def test_what_peft_has_for_lora_alone_is_refused_for_ia3(tmp_path: Path) -> None:
+    peft_model("qwen2", CONFIGS["ia3"]()).save_pretrained(str(tmp_path))
+    edit(tmp_path, {"layers_to_transform": [0]})
+    with pytest.raises(UnsupportedError, match="layers_to_transform"):
         read_adapter_spec(tmp_path)
 
 

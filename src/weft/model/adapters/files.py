@@ -231,11 +231,26 @@ def _file_shape(target: BypassTarget, name: str) -> tuple[int, ...]:
 
 
 def _listed(spec: AdapterSpec, adapter: AdapterWeights) -> AdapterSpec:
-    """`all-linear` spelt out, which other readers of PEFT's files expect."""
-    if spec.target_modules != "all-linear":
+    """Targets in words that PEFT has: `all-linear` spelt out, and whole names where it has no
+    `layers_to_transform` ((IA)³, and beside a regular expression)."""
+    targets = [bypass.target for bypass in adapter]
+    is_ia3 = spec.kind is AdapterKind.IA3
+    is_pattern = isinstance(spec.target_modules, str) and spec.target_modules != "all-linear"
+    if spec.target_modules == "all-linear":
+        found = dict.fromkeys(str(target.module) for target in targets)
+        spec = replace(spec, target_modules=tuple(found))
+    # Of (IA)³'s two lists, peft wants one within the other.
+    is_nested = is_pattern or set(spec.feedforward_modules) <= set(spec.target_modules)
+    is_cut = spec.layers_to_transform is not None and (is_pattern or is_ia3)
+    if not is_cut and (is_nested or not is_ia3):
         return spec
-    found = dict.fromkeys(str(bypass.target.module) for bypass in adapter)
-    return replace(spec, target_modules=tuple(found))
+    names = {module_name(target.layer, target.module): target for target in targets}
+    return replace(
+        spec,
+        target_modules=tuple(names),
+        feedforward_modules=tuple(name for name, t in names.items() if t.scales_input),
+        layers_to_transform=None,
+    )
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,21 +13,20 @@ from weft.base.errors import AdapterLoadError, ConfigError, UnsupportedError
 from weft.graph.adapter_spec import AdapterKind, AdapterSpec
 
 _KINDS = {"LORA": AdapterKind.LORA, "IA3": AdapterKind.IA3}
-_READ = frozenset(
-    (
-        "peft_type",
+_READ_OF_BOTH = frozenset(("peft_type", "target_modules", "exclude_modules"))
+_READ_OF = {
+    AdapterKind.LORA: _READ_OF_BOTH
+    | {
         "r",
         "lora_alpha",
         "use_rslora",
         "lora_dropout",
-        "target_modules",
-        "exclude_modules",
         "rank_pattern",
         "alpha_pattern",
         "layers_to_transform",
-        "feedforward_modules",
-    )
-)
+    },
+    AdapterKind.IA3: _READ_OF_BOTH | {"feedforward_modules"},
+}
 _WITHOUT_EFFECT = frozenset(
     (
         "auto_mapping",
@@ -82,7 +81,7 @@ def spec_from_peft(raw: Mapping[str, Any], source: str) -> AdapterSpec:
             f"{source}: peft_type is {raw.get('peft_type')!r}, which is not supported; supported "
             f"are {', '.join(_KINDS)}"
         )
-    _refuse_variants(raw, source)
+    _refuse_variants(raw, source, _READ_OF[kind])
     if isinstance(raw.get("target_modules"), str) and raw.get("layers_to_transform") is not None:
         raise AdapterLoadError(
             f"{source}: layers_to_transform needs target_modules to be a list; put the layers "
@@ -143,9 +142,9 @@ def spec_to_peft(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
     }
 
 
-def _refuse_variants(raw: Mapping[str, Any], source: str) -> None:
+def _refuse_variants(raw: Mapping[str, Any], source: str, read: frozenset[str]) -> None:
     for key, value in raw.items():
-        if not value or key in _READ or key in _WITHOUT_EFFECT:
+        if not value or key in read or key in _WITHOUT_EFFECT:
             continue
         if key in _HARMLESS:
             if value in _HARMLESS[key]:
