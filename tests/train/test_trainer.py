@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import safe_open
+from safetensors import safe_open
+from torch.optim.lr_scheduler import ExponentialLR
 
 from train.small import chain_plan, data, model
 from weft.base.errors import ConfigError, ModelLoadError
@@ -22,7 +23,7 @@ from weft.plan.api import plan as make_plan
 from weft.plan.train_plan import PlanError
 from weft.runtime.stage_executor import NonFiniteLossError
 from weft.train.checkpoint import CheckpointStore, model_tensors
-from weft.train.config import TrainConfig
+from weft.train.config import OptimizerName, TrainConfig
 from weft.train.run_dir import read_metrics
 from weft.train.trainer import Trainer
 
@@ -33,7 +34,7 @@ def trainer(run_dir: Path, num_steps: int = 6, *, stages: int = 3, **options: An
     dp = options.pop("dp", 1)
     schedule = options.pop("plan_schedule", "1f1b")
     samples = options.pop("data", None) or data()
-    config = TrainConfig(num_steps=num_steps, run_dir=run_dir, lr=1e-2, **options)
+    config = TrainConfig(num_steps=num_steps, run_dir=run_dir, **{"lr": 1e-2, **options})
     return Trainer(
         plan=chain_plan(capture, stages, dp=dp, schedule=schedule),
         model=capture_of,
@@ -247,6 +248,78 @@ def test_a_resume_under_another_seed_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, num_steps=1).run()
     with pytest.raises(ModelLoadError, match="seed 0, this run has 1"):
         trainer(tmp_path, num_steps=2, seed=1)
+
+
+def test_settings_changed_for_the_rest_of_a_run_are_obeyed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lower learning rate after a loss that was not finite, say."""
+    options: dict[str, Any] = {"schedule": ScheduleName.LINEAR, "num_steps": 4}
+    trainer(tmp_path, **options).run()
+    other = trainer(tmp_path, schedule=ScheduleName.LINEAR, num_steps=8, lr=2e-3, weight_decay=0.25)
+    for rank in other.executor.ranks:
+        assert rank.optimizer is not None
+        (group,) = rank.optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(1e-3), 0.25)
+    said = [record.getMessage() for record in caplog.records]
+    assert "resuming with weight_decay 0.25; the run began with 0.0" in said
+    other.run()
+    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates[4:] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_groups_of_parameters_resume_by_name_under_another_plan(tmp_path: Path) -> None:
+    """Ranks have groups of their own; a frozen stage's rank has none, and no scheduler."""
+
+    def biases_apart(held: Any) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p for n, p in held.items() if ("bias" in n) == is_bias], "lr": lr}
+            for is_bias, lr in ((True, 1e-3), (False, 1e-2))
+        ]
+        return torch.optim.SGD([group for group in groups if group["params"]])
+
+    def made(stages: int, num_steps: int) -> Trainer:
+        zoo = model(double=True)
+        zoo.module.left.requires_grad_(False)
+        capture = zoo.trace()
+        return Trainer(
+            plan=chain_plan(capture, stages),
+            model=zoo,
+            data=data(),
+            config=TrainConfig(num_steps=num_steps, run_dir=tmp_path),
+            optimizer=biases_apart,
+            scheduler=lambda optimizer: ExponentialLR(optimizer, 0.5),
+            capture=capture,
+        )
+
+    first = made(4, 2)
+    assert first.executor.ranks[0].optimizer is None
+    first.run()
+    for stages in (4, 1):
+        for rank in made(stages, 3).executor.ranks:
+            named = {id(p): name for name, p in rank.trainable.items()}
+            for group in [] if rank.optimizer is None else rank.optimizer.param_groups:
+                names = [named[id(p)] for p in group["params"]]
+                is_bias = "bias" in names[0]
+                assert all(("bias" in name) == is_bias for name in names)
+                assert group["lr"] == (1e-3 if is_bias else 1e-2) / 4
+    made(4, 3).run()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["lr"] in (1e-3 / 4, 1e-2 / 4)
+
+
+def test_a_resume_with_another_optimizer_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, num_steps=1).run()
+    with pytest.raises(ModelLoadError, match="written by optimizer AdamW, this run has SGD"):
+        trainer(tmp_path, num_steps=2, optimizer=OptimizerName.SGD)
+
+
+def test_a_resume_with_another_batch_says_what_becomes_of_the_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, num_steps=1).run()
+    trainer(tmp_path, num_steps=2, accumulate=2).run()
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert "written with 8 samples a step, this run takes 16" in said
 
 
 def test_an_asynchronous_save_holds_the_state_of_its_step(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from weft.base.durable import publish_directory
 from weft.base.errors import ModelLoadError
 from weft.runtime.stage_executor import RankState
+from weft.train.groups import GroupState
 
 _log = logging.getLogger("weft.train")
 
 SCALARS_FILE = "train.json"
+_VERSION = 2
 _PART = ".part"
 _PREFIX = "step-"
 
@@ -50,10 +52,14 @@ class TrainState:
     plan_digest: str
     """Of the plan that wrote it; a run under another plan may read it."""
     seed: int
+    samples_per_step: int = 0
+    """0 where it is not known."""
+    optimizer_name: str = ""
+    """The class of the optimizers; empty where nothing is trained."""
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     """The learning-rate scheduler's plain values."""
-    groups: tuple[Mapping[str, float], ...] = ()
-    """Numbers of the optimizer's parameter groups, such as the present learning rate."""
+    groups: tuple[GroupState, ...] = ()
+    """Numbers of the optimizers' parameter groups, such as the present learning rate."""
     optimizer: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Scalars of the optimizer's state, such as `step`, by parameter name."""
     has_previous: bool = False
@@ -352,12 +358,14 @@ def _rank() -> int:
 def _state_json(state: TrainState) -> dict[str, Any]:
     return {
         "format": "weft-train-checkpoint",
-        "version": 1,
+        "version": _VERSION,
         "num_steps": state.num_steps,
         "plan_digest": state.plan_digest,
         "seed": state.seed,
+        "samples_per_step": state.samples_per_step,
+        "optimizer_name": state.optimizer_name,
         "scheduler": dict(state.scheduler),
-        "groups": [dict(group) for group in state.groups],
+        "groups": [asdict(group) for group in state.groups],
         "optimizer": {name: dict(values) for name, values in state.optimizer.items()},
         "has_previous": state.has_previous,
     }
@@ -365,14 +373,23 @@ def _state_json(state: TrainState) -> dict[str, Any]:
 
 def _read_state(path: Path) -> TrainState:
     data = json.loads((path / SCALARS_FILE).read_text())
-    if data.get("format") != "weft-train-checkpoint" or data.get("version") != 1:
-        raise ModelLoadError(f"{SCALARS_FILE} is not of a training checkpoint of version 1")
+    if data.get("format") != "weft-train-checkpoint" or data.get("version") != _VERSION:
+        raise ModelLoadError(
+            f"{SCALARS_FILE} is not of a training checkpoint of version {_VERSION}"
+        )
     return TrainState(
         num_steps=data["num_steps"],
         plan_digest=data["plan_digest"],
         seed=data["seed"],
+        samples_per_step=data["samples_per_step"],
+        optimizer_name=data["optimizer_name"],
         scheduler=data["scheduler"],
-        groups=tuple(data["groups"]),
+        groups=tuple(
+            GroupState(
+                names=tuple(group["names"]), values=group["values"], initial=group["initial"]
+            )
+            for group in data["groups"]
+        ),
         optimizer=data["optimizer"],
         has_previous=data["has_previous"],
     )

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,14 @@ from weft.train.config import (
     scheduler_factory,
 )
 from weft.train.data import ColumnSource, TrainData
+from weft.train.groups import (
+    GroupState,
+    group_states,
+    initial_values,
+    plain_values,
+    restore_groups,
+    restore_scheduler,
+)
 from weft.train.run_dir import RunDirectory
 from weft.train.timeline_file import write_timeline
 
@@ -154,6 +162,10 @@ class Trainer:
             for rank in self.executor.ranks
             if rank.optimizer is not None
         ]
+        self._initial = [
+            [] if rank.optimizer is None else initial_values(rank.optimizer)
+            for rank in self.executor.ranks
+        ]
         self.checkpoints = CheckpointStore(self.run_dir.checkpoints, keep=config.keep_checkpoints)
         self.first_step = self._resume() if resumes else 0
         self.on_step: Progress | None = None
@@ -210,16 +222,16 @@ class Trainer:
     def save(self, num_steps: int, *, blocking: bool = False) -> None:
         """Write a checkpoint of the state after `num_steps` steps; training may go on at once."""
         ranks = self.executor.ranks
-        scalars = self._gather_scalars(ranks)
-        optimizers = [rank.optimizer for rank in ranks if rank.optimizer is not None]
-        groups = optimizers[0].param_groups if optimizers else []
+        gathered = self._gather_state(ranks)
         state = TrainState(
             num_steps=num_steps,
             plan_digest=_digest(self.plan),
             seed=self.config.seed,
-            scheduler=_plain(self.schedulers[0].state_dict()) if self.schedulers else {},
-            groups=tuple(_plain(group) for group in groups),
-            optimizer=scalars,
+            samples_per_step=self.plan.batch_size * self.config.accumulate,
+            optimizer_name=gathered["name"],
+            scheduler=gathered["scheduler"],
+            groups=tuple(GroupState(**group) for group in gathered["groups"]),
+            optimizer=gathered["scalars"],
             has_previous=any(rank.previous is not None for rank in ranks),
         )
         self.checkpoints.save(ranks, state, blocking=blocking)
@@ -258,22 +270,60 @@ class Trainer:
                 f"{self.config.seed}: the order of samples would differ; set the same seed or "
                 "another run directory"
             )
+        self._check_optimizer(name, state)
         for rank in self.executor.ranks:
-            if rank.optimizer is not None:
-                for group, saved in zip(rank.optimizer.param_groups, state.groups, strict=False):
-                    group.update(saved)
+            restore_groups(rank, state.groups)
         for scheduler in self.schedulers:
-            scheduler.load_state_dict({**scheduler.state_dict(), **state.scheduler})
+            restore_scheduler(scheduler, state.scheduler)
+        samples = self.plan.batch_size * self.config.accumulate
+        if self.is_first and state.samples_per_step != samples:
+            _log.warning(
+                "checkpoint %s was written with %d samples a step, this run takes %d: the order "
+                "of samples goes on at step %d of the new length, so that some come twice or are "
+                "left out in this epoch",
+                *(name, state.samples_per_step, samples, state.num_steps),
+            )
         if self.is_first:
             self.checkpoints.sweep()
             _log.info("resuming from %s", name)
         return state.num_steps
 
-    def _gather_scalars(self, ranks: Sequence[RankState]) -> dict[str, dict[str, float]]:
-        mine = json.dumps(optimizer_scalars(ranks)).encode()
-        found: dict[str, dict[str, float]] = {}
-        for part in self.world.all_gather_bytes([mine] * len(self.world.transports)):
-            found |= json.loads(part)
+    def _check_optimizer(self, name: str, state: TrainState) -> None:
+        """Refuse another optimizer's state."""
+        names = {type(r.optimizer).__name__ for r in self.executor.ranks if r.optimizer is not None}
+        if names and state.optimizer_name not in names:
+            raise ModelLoadError(
+                f"checkpoint {name} was written by optimizer {state.optimizer_name or 'none'}, "
+                f"this run has {', '.join(sorted(names))}; use the same, or export the weights and "
+                "start another run directory with them"
+            )
+
+    def _gather_state(self, ranks: Sequence[RankState]) -> dict[str, Any]:
+        """What all ranks know of optimizers and schedulers beside tensors: any may have none."""
+        optimizers = [rank.optimizer for rank in ranks if rank.optimizer is not None]
+        groups = [
+            state
+            for rank, initial in zip(ranks, self._initial, strict=True)
+            for state in group_states(rank, initial)
+        ]
+        mine = {
+            "scalars": optimizer_scalars(ranks),
+            "groups": [asdict(group) for group in groups],
+            "scheduler": plain_values(self.schedulers[0].state_dict()) if self.schedulers else {},
+            "name": type(optimizers[0]).__name__ if optimizers else "",
+        }
+        parts = [json.dumps(mine).encode()] * len(self.world.transports)
+        found: dict[str, Any] = {"scalars": {}, "groups": [], "scheduler": {}, "name": ""}
+        held: set[str] = set()
+        for part in map(json.loads, self.world.all_gather_bytes(parts)):
+            found["scalars"] |= part["scalars"]
+            found["scheduler"] = found["scheduler"] or part["scheduler"]
+            found["name"] = found["name"] or part["name"]
+            for group in part["groups"]:
+                # Replicas hold the same.
+                if not held.issuperset(group["names"]):
+                    found["groups"].append(group)
+                    held.update(group["names"])
         return found
 
     def _validate(self) -> float | None:
@@ -397,16 +447,6 @@ def _digest(plan: TrainPlan) -> str:
 def _config_digest(config: TrainConfig) -> str:
     data = json.dumps(config.to_dict(), default=str)
     return hashlib.blake2b(data.encode(), digest_size=8).hexdigest()
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a state dict JSON can hold; the rest is made again by its factory."""
-    return {
-        key: value
-        for key, value in state.items()
-        if isinstance(value, (int, float, str, bool))
-        or (isinstance(value, list) and all(isinstance(v, (int, float)) for v in value))
-    }
 
 
 @contextlib.contextmanager
