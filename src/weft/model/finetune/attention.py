@@ -3,7 +3,8 @@
 Causality makes windows exact: the keys and values of a token get gradients from queries at or
 behind it only, so with windows taken right to left theirs are complete once their own window is
 done (FlexLLM, arXiv 2402.18789 §6.1). The probabilities are computed again, a block of queries at a
-time; nothing of size window x context is held.
+time; nothing of size window x context is held. On the CPU the kernels of `cpu_window` take what
+they can; the rest, and other devices, run in torch.
 
 Shape legend: s tokens of the window, n tokens of the sample, c cached tokens seen, D head_dim, Hq
 query heads, Hkv key-value heads, G = Hq / Hkv, m queries of a block.
@@ -12,13 +13,14 @@ query heads, Hkv key-value heads, G = Hq / Hkv, m queries of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from weft.model.finetune.primitives import wide_dtype
 from weft.model.forward_step import KvLayer
+from weft.model.kernels import cpu_window
 
 _BLOCK_ROWS = 64
 """G * m, about: rows of one block's product for each key-value head."""
@@ -26,10 +28,10 @@ _BLOCK_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowKv:
-    """What the queries at positions [begin, end) of a sample see, in the wide dtype."""
+    """What the queries at positions [begin, end) of a sample see."""
 
     keys: Tensor
-    """[Hkv, end - first, D]."""
+    """[Hkv, end - first or more, D]; rows behind the last token are zero."""
     values: Tensor
     first: int
     """Position of the first cached token held."""
@@ -37,6 +39,23 @@ class WindowKv:
     end: int
     window: int | None
     """A token sees itself and the `window - 1` before it."""
+
+    @property
+    def held(self) -> cpu_window.HeldTokens:
+        """The same for the native kernels."""
+        return cpu_window.HeldTokens(
+            keys=self.keys,
+            values=self.values,
+            num_before=self.begin - self.first,
+            window=self.window,
+        )
+
+    @property
+    def wide(self) -> WindowKv:
+        """The same in the dtype that sums are taken in, without the zeros."""
+        num, dtype = self.end - self.first, wide_dtype(self.keys.dtype)
+        keys, values = (x[:, :num].to(dtype) for x in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
 
 def gather_kv(
@@ -46,11 +65,17 @@ def gather_kv(
     first_page = 0 if window is None else max(0, begin + 1 - window) // page_tokens
     first = first_page * page_tokens
     used = pages[first_page : -(-end // page_tokens)]
-    wide = wide_dtype(kv.keys.dtype)
+    num = end - first
+    head_dim = kv.keys.shape[3]
+    multiple = cpu_window.token_multiple(kv.keys.dtype, kv.keys.device, head_dim) or 1
+    rows = -(-len(used) * page_tokens // multiple) * multiple
     keys, values = (
-        cache[used].transpose(0, 1).flatten(1, 2)[:, : end - first].to(wide)
-        for cache in (kv.keys, kv.values)
+        cache.new_empty(cache.shape[1], rows, head_dim) for cache in (kv.keys, kv.values)
     )
+    for cache, target in ((kv.keys, keys), (kv.values, values)):
+        by_page = target[:, : len(used) * page_tokens].unflatten(1, (len(used), page_tokens))
+        by_page.copy_(cache[used].transpose(0, 1))
+        target[:, num:].zero_()
     return WindowKv(keys=keys, values=values, first=first, begin=begin, end=end, window=window)
 
 
@@ -67,6 +92,9 @@ class _Block:
 
 def attention_forward(query: Tensor, kv: WindowKv) -> Tensor:
     """query [s, Hq, D], turned, to [s, Hq * D]."""
+    if cpu_window.can_run(query, kv.held):
+        return cpu_window.window_forward(query, kv.held)
+    kv = kv.wide
     num_kv_heads = kv.keys.shape[0]
     out = torch.empty_like(query)
     for block in _blocks(kv, query.shape[1] // num_kv_heads):
@@ -91,10 +119,19 @@ def attention_backward(
 
     `d_out` [s, Hq * D].
     """
+    held = slice(kv.first, kv.end)
+    if (
+        wants_query
+        and grads.keys is not None
+        and grads.values is not None
+        and cpu_window.can_run(query, kv.held)
+    ):
+        sums = grads.keys[:, held], grads.values[:, held]
+        return cpu_window.window_backward(d_out, query, kv.held, *sums)
+    kv = kv.wide
     num_kv_heads, wide = kv.keys.shape[0], kv.keys.dtype
     d_out = d_out.view(query.shape)
     d_query = query.new_empty(query.shape, dtype=wide) if wants_query else None
-    held = slice(kv.first, kv.end)
     for block in _blocks(kv, query.shape[1] // num_kv_heads):
         rows = _grouped(query[block.rows], num_kv_heads, wide)
         d_rows = _grouped(d_out[block.rows], num_kv_heads, wide)

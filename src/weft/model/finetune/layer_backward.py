@@ -29,9 +29,11 @@ from weft.model.finetune.layer_tensors import (
     WindowPlace,
 )
 from weft.model.finetune.primitives import (
+    add_rms_norm_backward,
     rms_norm_backward,
     silu_mul_backward,
     turn_backward,
+    turn_backward_into,
 )
 from weft.model.linear import LinearWeight
 
@@ -83,7 +85,7 @@ class _LayerBackward:
 
     def _through_norm(self, dy: Tensor, source: str, weight: Tensor, residual: Tensor) -> Tensor:
         eps = self._plan.shape.norm_eps
-        return rms_norm_backward(dy, self._tensors[source], weight, eps).add_(residual).to(dy.dtype)
+        return add_rms_norm_backward(dy, self._tensors[source], weight, residual, eps)
 
     def _feed_forward(self, d_output: Tensor) -> Tensor | None:
         """Gradient of `mlp_normed`."""
@@ -131,11 +133,14 @@ class _LayerBackward:
         """From the gradient [s, H, D] of turned heads to that of a linear's output [s, H D]."""
         if dy is None:
             return
+        cos, sin = self._place.cos, self._place.sin
+        if norm is None:
+            turn_backward_into(dy, cos, sin, out)
+            return
         head_dim = self._plan.shape.head_dim
-        d_flat = turn_backward(dy, self._place.cos, self._place.sin)
-        if norm is not None:
-            heads = self._tensors[raw].unflatten(1, (-1, head_dim))
-            d_flat = rms_norm_backward(d_flat, heads, norm, self._plan.shape.norm_eps)
+        heads = self._tensors[raw].unflatten(1, (-1, head_dim))
+        d_flat = turn_backward(dy, cos, sin)
+        d_flat = rms_norm_backward(d_flat, heads, norm, self._plan.shape.norm_eps)
         out.unflatten(1, (-1, head_dim)).copy_(d_flat)
 
     def _bottleneck(self, sub_layer: Module, dy: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from weft.model.finetune.bypass import (
     bottleneck_output,
 )
 from weft.model.finetune.dropout import DropoutKey, dropout_scale
-from weft.model.finetune.primitives import turn
+from weft.model.finetune.primitives import turn_into
 from weft.model.kernels.interface import AttentionShape, Kernels
 from weft.model.linear import LinearWeight
 from weft.model.weights import LayerWeights
@@ -221,7 +221,10 @@ class LayerTensors:
         return self[name].unflatten(1, (-1, self._plan.shape.head_dim))
 
     def _query(self) -> Tensor:
-        return turn(self._heads("query_flat"), self._place.cos, self._place.sin).flatten(1)
+        heads = self._heads("query_flat")
+        out = torch.empty_like(heads, memory_format=torch.contiguous_format).flatten(1)
+        turn_into(heads, self._place.cos, self._place.sin, out)
+        return out
 
     def _activated(self) -> Tensor:
         return torch.nn.functional.silu(self["gate"]).mul_(self["up"])

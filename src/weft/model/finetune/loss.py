@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from weft.model.finetune.primitives import rms_norm_backward, wide_dtype
+from weft.model.kernels.cpu_backward import cross_entropy
 from weft.model.kernels.interface import Kernels
 from weft.model.weights import DecoderWeights
 
-_CHUNK_ELEMENTS = 1 << 23
-"""Logits held at once."""
+_CHUNK_BYTES = 1 << 24
+"""Of logits held at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,21 +45,31 @@ def window_loss(
     wide = wide_dtype(hidden.dtype)
     losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
     d_hidden = None if scales is None else torch.empty_like(hidden)
-    rows = max(1, _CHUNK_ELEMENTS // weights.lm_head.out_features)
+    rows = max(1, _CHUNK_BYTES // (weights.lm_head.out_features * hidden.element_size()))
     for begin in range(0, hidden.shape[0], rows):
         span = slice(begin, begin + rows)
         normed = kernels.rms_norm(hidden[span], weights.final_norm, norm_eps)
-        logits = weights.lm_head.forward(normed).to(wide)
-        picked = labels[span, None]
-        losses[span], probs = _softmax_and_loss(logits, picked)
+        logits = weights.lm_head.forward(normed)
+        losses[span], d_logits = _cross_entropy(logits, labels[span], scales is not None)
         if d_hidden is None or scales is None:
             continue
-        probs.scatter_add_(1, picked, probs.new_full((), -1.0).expand(picked.shape))
         # A row's scale is applied where rows are short.
-        d_normed = weights.lm_head.grad_input(probs.to(hidden.dtype)).to(wide)
+        d_normed = weights.lm_head.grad_input(d_logits).to(wide)
         d_normed *= scales[span, None].to(wide)
         d_hidden[span] = rms_norm_backward(d_normed, hidden[span], weights.final_norm, norm_eps)
     return WindowLoss(losses=losses, d_hidden=d_hidden)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses [w], and their gradient at the logits [w, V], which are used up."""
+    losses = cross_entropy(logits, labels, wants_gradient=wants_gradient)
+    if losses is not None:
+        return losses, logits
+    picked = labels[:, None]
+    losses, probs = _softmax_and_loss(logits.to(wide_dtype(logits.dtype)), picked)
+    if wants_gradient:
+        probs.scatter_add_(1, picked, probs.new_full((), -1.0).expand(picked.shape))
+    return losses, probs.to(logits.dtype)
 
 
 def _softmax_and_loss(logits: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:

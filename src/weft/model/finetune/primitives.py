@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weft.model.kernels import cpu_backward
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are taken in: float32, or float64 for a float64 model."""
@@ -27,6 +29,16 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tens
     return dx.addcmul_(x, share, value=-1).mul_(scale)
 
 
+def add_rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, residual: Tensor, eps: float
+) -> Tensor:
+    """`rms_norm_backward` + residual, rounded once; all [T, F]."""
+    found = cpu_backward.norm_backward(dy, x, weight, residual, eps)
+    if found is not None:
+        return found
+    return rms_norm_backward(dy, x, weight, eps).add_(residual).to(dy.dtype)
+
+
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [T, H, D]: pairs (i, i + D/2); cos and sin [T, D/2]."""
     low, high = x.chunk(2, dim=-1)
@@ -39,11 +51,26 @@ def turn_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turn(dy, cos, -sin)
 
 
+def turn_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """`turn` of x [T, H, D] into out [T, H D], rounded to its dtype."""
+    if not cpu_backward.turn_into(x, cos, sin, out, is_backward=False):
+        out.unflatten(1, x.shape[1:]).copy_(turn(x, cos, sin))
+
+
+def turn_backward_into(dy: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """`turn_backward` of dy [T, H, D] into out [T, H D], rounded to its dtype."""
+    if not cpu_backward.turn_into(dy, cos, sin, out, is_backward=True):
+        out.unflatten(1, dy.shape[1:]).copy_(turn_backward(dy, cos, sin))
+
+
 def silu_mul_backward(d_act: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
     """Gradient of silu(gate) * up at both, side by side: [T, F] each to [T, 2F].
 
     `d_act` is used up. Without `up`, the left half (the gradient at gate) is not filled in.
     """
+    found = None if up is None else cpu_backward.silu_mul_backward(d_act, gate, up)
+    if found is not None:
+        return found
     num_features = gate.shape[1]
     out = d_act.new_empty(d_act.shape[0], 2 * num_features)
     d_gate, d_up = out.split(num_features, dim=1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from weft.model.finetune.layer_tensors import LayerPlan
-from weft.model.finetune.primitives import turn
+from weft.model.finetune.primitives import turn_into
 from weft.model.finetune.saved import SavedTensors
 
 # What the decoder makes anew in every layer and does not write to again.
@@ -98,4 +98,6 @@ def _query(plan: LayerPlan, row: TappedRow, flat: Tensor) -> Tensor:
     heads = flat.unflatten(1, (-1, plan.shape.head_dim))
     if plan.weights.query_norm is not None:
         heads = plan.kernels.rms_norm(heads, plan.weights.query_norm, plan.shape.norm_eps)
-    return turn(heads, row.cos, row.sin).flatten(1)
+    out = heads.new_empty(flat.shape)
+    turn_into(heads, row.cos, row.sin, out)
+    return out

@@ -6,7 +6,6 @@ N pages of the arena, B tokens of a page, W work items.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,20 +26,10 @@ from weft.model.kernels.cpu_rows_ir import (
     NormSpec,
     RopeSpec,
 )
-from weft.model.kernels.cpu_team import Call, NativeKernels
+from weft.model.kernels.cpu_team import Call, NativeKernels, address, float_bits
 from weft.model.kernels.interface import AttentionShape, HeadNorms
 
 _NO_WINDOW = 1 << 40
-
-
-def float_bits(value: float) -> int:
-    """A float32 in the low half of an argument word."""
-    return struct.unpack("I", struct.pack("f", value))[0]
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor's first element lies; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def norm_call(

@@ -170,6 +170,16 @@ class CompiledModule:
         return self._engine.get_function_address(name)
 
 
+def float_bits(value: float) -> int:
+    """A float32 in the low half of an argument word."""
+    return struct.unpack("I", struct.pack("f", value))[0]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
     """One kernel with its int64 argument words, and the tensors that these point into."""

@@ -1,0 +1,128 @@
+"""Native attention of a window of queries, forward and backward, against autograd in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from weft.model.kernels import cpu_window
+from weft.model.kernels.cpu_team import NativeKernels, native_kernels
+from weft.model.kernels.cpu_window import (
+    HeldTokens,
+    can_run,
+    token_multiple,
+    window_backward,
+    window_forward,
+)
+
+pytestmark = pytest.mark.skipif(
+    native_kernels() is None, reason="this processor or platform has no native CPU kernels"
+)
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@functools.cache
+def kernels(lanes: int, has_dot: bool) -> NativeKernels:
+    """The host's kernels, or such as a narrower processor would have."""
+    full = native_kernels()
+    assert full is not None
+    if lanes > full.isa.lanes or has_dot > full.isa.has_bf16_dot:
+        pytest.skip("the host lacks these vectors or instructions")
+    isa = dataclasses.replace(full.isa, lanes=lanes, has_bf16_dot=has_dot)
+    return NativeKernels(full.team, isa)
+
+
+def held(keys: Tensor, values: Tensor, num_before: int, window: int | None) -> HeldTokens:
+    """Rows of zeros behind the last token, up to a multiple."""
+    multiple = token_multiple(keys.dtype, keys.device, keys.shape[2])
+    assert multiple is not None
+    rest = -keys.shape[1] % multiple
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, rest)) for x in (keys, values)]
+    return HeldTokens(keys=padded[0], values=padded[1], num_before=num_before, window=window)
+
+
+def reference(
+    query: Tensor, keys: Tensor, values: Tensor, num_before: int, window: int | None
+) -> Tensor:
+    """Plain attention of queries [s, Hq, D] that begin at position `num_before`."""
+    group = query.shape[1] // keys.shape[0]
+    keys, values = (x.repeat_interleave(group, 0) for x in (keys, values))
+    scores = torch.einsum("shd,hcd->hsc", query, keys) * query.shape[2] ** -0.5
+    positions = torch.arange(num_before, num_before + query.shape[0])[:, None]
+    tokens = torch.arange(keys.shape[1])
+    is_hidden = tokens > positions
+    if window is not None:
+        is_hidden |= tokens <= positions - window
+    probs = torch.softmax(scores.masked_fill(is_hidden, float("-inf")), dim=-1)
+    return torch.einsum("hsc,hcd->shd", probs, values).flatten(1)
+
+
+def error(found: Tensor, wanted: Tensor | None) -> float:
+    assert wanted is not None
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+CASES = {
+    "one-token": (1, 3, 2, 1, 64, None),
+    "first-window": (37, 0, 2, 1, 64, None),
+    "group": (50, 13, 2, 3, 64, None),
+    "whole-blocks": (112, 64, 3, 1, 64, None),
+    "sliding": (130, 41, 2, 2, 64, 23),
+    "sliding-far": (20, 300, 1, 1, 64, 40),
+    "narrow-head": (30, 5, 1, 2, 32, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("lanes", "has_dot"), [(16, True), (16, False), (8, False)], ids=["dot", "wide", "narrow"]
+)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_windows_agree_with_autograd(
+    case: str, dtype: torch.dtype, lanes: int, has_dot: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows, num_before, num_kv_heads, group, head_dim, window = CASES[case]
+    native = kernels(lanes, has_dot)
+    monkeypatch.setattr(cpu_window, "native_kernels", lambda: native)
+    generator = torch.Generator().manual_seed(num_rows)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    num_tokens = num_before + num_rows
+    query = draw(num_rows, num_kv_heads * group, head_dim)
+    keys, values = (draw(num_kv_heads, num_tokens, head_dim) for _ in range(2))
+    d_out = draw(num_rows, num_kv_heads * group * head_dim)
+    exact = [x.double().requires_grad_() for x in (query, keys, values)]
+    wanted = reference(exact[0], exact[1], exact[2], num_before, window)
+    wanted.backward(d_out.double())
+    seen = held(keys, values, num_before, window)
+    assert can_run(query, seen)
+    tolerance = TOLERANCE[dtype]
+    assert error(window_forward(query, seen), wanted.detach()) <= tolerance
+    # Accumulators are longer than what is seen, and what is in them stays.
+    before = torch.randn(2, num_kv_heads, num_tokens + 9, head_dim, generator=generator)
+    grads = before.clone()
+    rows = slice(4, 4 + num_tokens)
+    d_query = window_backward(d_out, query, seen, grads[0][:, rows], grads[1][:, rows])
+    assert error(d_query, exact[0].grad) <= tolerance
+    added = (grads - before)[:, :, rows]
+    assert error(added[0], exact[1].grad) <= 2 * tolerance
+    assert error(added[1], exact[2].grad) <= 2 * tolerance
+    outside = torch.cat([(grads - before)[:, :, :4], (grads - before)[:, :, 4 + num_tokens :]], 2)
+    assert not outside.any()
+
+
+def test_windows_do_not_change_the_bits() -> None:
+    """A query's output does not depend on the window that it comes in."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(90, 2, 64, generator=generator)
+    keys, values = (torch.randn(2, 90, 64, generator=generator) for _ in range(2))
+    whole = window_forward(query, held(keys, values, 0, None))
+    part = window_forward(query[40:71], held(keys[:, :71], values[:, :71], 40, None))
+    assert torch.equal(part, whole[40:71])
