@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -295,6 +296,31 @@ def test_a_full_disk_fails_the_job_and_leaves_the_last_checkpoint(
     hand.run(saves=(SaveCheckpoint(job_id="job", path=str(kept), num_steps=2),))
     (failure,) = hand.outcomes[-1].failures
     assert "No space left" in failure.message
+    assert list(tmp_path.iterdir()) == [kept]
+    resumed = hand_of()
+    resumed.start(SPEC, resume_from=kept)
+    assert not resumed.outcomes[-1].failures
+
+
+@pytest.mark.parametrize("is_final", [False, True])
+def test_a_file_system_that_takes_no_more_fails_the_job(is_final: bool, tmp_path: Path) -> None:
+    """Really: what safetensors raises then is no OSError."""
+    hand = hand_of()
+    hand.start(SPEC)
+    train_step(hand, 0, 0.01)
+    hand.weights(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    path = tmp_path / "final" if is_final else kept
+    save = SaveCheckpoint(job_id="job", path=str(path), num_steps=1, is_final=is_final)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        hand.run(saves=(save,))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (failure,) = hand.outcomes[-1].failures
+    assert "cannot be written" in failure.message
+    assert "too large" in failure.message
     assert list(tmp_path.iterdir()) == [kept]
     resumed = hand_of()
     resumed.start(SPEC, resume_from=kept)

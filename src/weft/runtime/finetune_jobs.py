@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from weft.base.durable import write_directory
@@ -304,7 +305,8 @@ class FinetuneJobs:
                 write_directory(path, lambda partial: write_adapter(partial, spec, adapter))
             else:
                 save_checkpoint(job, path, save.num_steps)
-        except (OSError, RuntimeError, WeftError) as error:
+        except (OSError, RuntimeError, SafetensorError, WeftError) as error:
+            # A SafetensorError is how safetensors says that the disk is full.
             message = f"checkpoint {path} cannot be written: {error}"
             self._fail(save.job_id, message, save.num_steps)
             return
