@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,7 +34,7 @@ from weft.engine.finetune import (
 )
 from weft.graph.adapter_spec import AdapterSpec, BypassTarget
 from weft.graph.pruning import Remat
-from weft.model.adapters.files import write_adapter
+from weft.model.adapters.files import read_adapter, write_adapter
 from weft.model.adapters.weights import (
     AdapterWeights,
     FrozenBypass,
@@ -221,8 +220,13 @@ class FinetuneHand:
         path = directory / f"step-{len(self.outcomes)}"
         self.run(saves=(SaveCheckpoint(job_id=job_id, path=str(path), num_steps=1),))
         assert [str(path)] == [save.path for save in self.outcomes[-1].saves]
-        tensors = load_file(path / "state.safetensors")
-        return {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+        dtype = torch.promote_types(self.context.layout.dtype, torch.float32)
+        adapter = read_adapter(path, self.context.config, dtype=dtype)
+        return {
+            f"{bypass.target.layer}.{bypass.target.module}.{name}": weight
+            for bypass in adapter
+            for name, weight in bypass.weights.items()
+        }
 
 
 def start_of(sample: Sample, job_id: str = "job") -> SampleStart:

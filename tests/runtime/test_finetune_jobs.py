@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import resource
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime.finetune_harness import (
@@ -151,13 +153,49 @@ def test_a_resumed_job_ends_with_the_same_bits(dtype: torch.dtype, tmp_path: Pat
     assert any(not torch.equal(value, fresh[key]) for key, value in wanted.items())
 
 
+def test_the_next_steps_forward_in_the_iteration_of_a_step_changes_nothing(tmp_path: Path) -> None:
+    samples = [
+        replace(sample, step=step, number=step)
+        for step in range(2)
+        for sample in samples_of(step, 1)
+    ]
+
+    num_layers = hand_of().context.config.num_layers
+
+    def spans(sample: Sample) -> tuple[Span, Span]:
+        whole = Span(sample=sample, begin=0, end=sample.num_tokens)
+        return whole, replace(whole, layers=(0, num_layers))
+
+    def steps(step: int) -> tuple[OptimizerStep, ...]:
+        return (OptimizerStep(job_id="job", step=step, lr=RATE),)
+
+    (forward, backward), (next_forward, next_backward) = map(spans, samples)
+    found: list[dict[str, Tensor]] = []
+    for joins in (False, True):
+        hand = hand_of()
+        hand.start(SPEC, samples=samples)
+        hand.run(forward=[forward])
+        if joins:
+            hand.run(
+                forward=[next_forward], backward=[backward], steps=steps(0), is_backward_first=True
+            )
+        else:
+            hand.run(backward=[backward], steps=steps(0))
+            hand.run(forward=[next_forward])
+        hand.run(backward=[next_backward], steps=steps(1))
+        found.append(hand.weights(tmp_path / str(joins)))
+    apart, joined = found
+    assert all(torch.equal(apart[name], joined[name]) for name in apart)
+
+
 def test_masters_stay_float32_under_bfloat16(tmp_path: Path) -> None:
     hand = hand_of(torch.bfloat16)
     hand.start(AdapterSpec(rank=4), optimizer=OptimizerSpec(lr=1e-6))
     before = hand.weights(tmp_path / "before")
     train_step(hand, 0, 1e-6)
     after = hand.weights(tmp_path / "after")
-    assert {value.dtype for value in after.values()} == {torch.float32}
+    (path,) = tmp_path.glob("after/*/adapter_model.safetensors")
+    assert {value.dtype for value in load_file(path).values()} == {torch.float32}
     # A step too small for bfloat16 to notice is not lost.
     change = after["0.q_proj.B"] - before["0.q_proj.B"]
     assert 0 < float(change.abs().max()) < 1e-5
@@ -232,7 +270,7 @@ def test_exactly_what_backward_reads_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     sample = random_sample(np.random.default_rng(0), 0, 12)
     hand.start(SPEC, samples=[sample])
     monkeypatch.setattr(SavedTensors, "keep", poisoned)
-    with pytest.raises(AssertionError):
+    with pytest.raises(IntegrityError, match=r"layer 0 keeps .*'extra:"):
         hand.run(forward=[Span(sample=sample, begin=0, end=12)])
 
 
@@ -289,7 +327,7 @@ def test_a_full_disk_fails_the_job_and_leaves_the_last_checkpoint(
     hand.weights(tmp_path)
     (kept,) = tmp_path.iterdir()
 
-    def full(*args: object) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(finetune_checkpoint, "save_file", full)
@@ -327,7 +365,7 @@ def test_a_file_system_that_takes_no_more_fails_the_job(is_final: bool, tmp_path
     assert not resumed.outcomes[-1].failures
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "seed", "rank", "json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "seed", "rank", "weights", "header"])
 def test_a_checkpoint_that_does_not_fit_fails_the_job(damage: str, tmp_path: Path) -> None:
     hand = hand_of()
     hand.start(SPEC)
@@ -339,8 +377,10 @@ def test_a_checkpoint_that_does_not_fit_fails_the_job(damage: str, tmp_path: Pat
     elif damage == "cut":
         raw = (path / "state.safetensors").read_bytes()
         (path / "state.safetensors").write_bytes(raw[:-100])
-    elif damage == "json":
-        (path / "state.json").write_text("{")
+    elif damage == "weights":
+        (path / "adapter_model.safetensors").write_bytes(b"")
+    elif damage == "header":
+        save_file(load_file(path / "state.safetensors"), path / "state.safetensors")
     elif damage == "seed":
         seed = 6
     else:
@@ -375,3 +415,24 @@ def test_a_published_adapter_keeps_its_weights(tmp_path: Path) -> None:
         assert result.logprobs is not None
         found.append(result.logprobs.top)
     assert np.array_equal(found[0], found[1])
+
+
+def test_a_version_that_is_there_already_fails_its_job_alone() -> None:
+    hand = hand_of()
+    hand.start(SPEC)
+    (sample, _) = samples_of(0)
+    hand.start(SPEC, samples=[sample], job_id="other")
+    publish = PublishAdapter(job_id="job", id="mine", version=1)
+    hand.run(publishes=(publish,))
+    assert not hand.outcomes[-1].failures
+    prompt = list(range(5, 20))
+    result = hand.run(
+        rows=[Row(slot=0, tokens=prompt)], starts=[start(0, prompt)], publishes=(publish,)
+    )
+    assert len(result.tokens) == 1
+    (failure,) = hand.outcomes[-1].failures
+    assert (failure.job_id, failure.step) == ("job", 0)
+    assert "mine version 1 is loaded already" in failure.message
+    # The other job is as it was.
+    hand.run(forward=[Span(sample=sample, begin=0, end=20)], job_id="other")
+    assert len(hand.losses) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +12,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai.types.fine_tuning import FineTuningJob
 
 from serve.conftest import STOP_TIMEOUT_S, Server, running_server
 from serve.fake_engine import greedy_text
 from serve.fake_finetune import FULL_DISK, NAN, loss_of
 from serve.fake_server import MODEL_NAME
-
-ROWS = tuple(f"row {i}" for i in range(6))
-FINAL = ("succeeded", "failed", "cancelled")
+from serve.finetune_client import create, finished, lines, upload, wait
 
 
 @pytest.fixture(scope="module")
@@ -40,40 +36,6 @@ def slow_server() -> Iterator[Server]:
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
     return server.openai()
-
-
-def lines(*rows: str) -> bytes:
-    return "\n".join(json.dumps({"text": row}) for row in rows).encode()
-
-
-def upload(client: openai.OpenAI, *rows: str) -> str:
-    data = lines(*(rows or ROWS))
-    return client.files.create(file=("train.jsonl", data), purpose="fine-tune").id
-
-
-def create(client: openai.OpenAI, *rows: str, **options: Any) -> FineTuningJob:
-    options.setdefault("hyperparameters", {"n_epochs": 2, "batch_size": 2})
-    options.setdefault("model", MODEL_NAME)
-    return client.fine_tuning.jobs.create(training_file=upload(client, *rows), **options)
-
-
-def wait(
-    client: openai.OpenAI, job_id: str, until: Callable[[FineTuningJob], bool] | None = None
-) -> FineTuningJob:
-    deadline_s = time.monotonic() + STOP_TIMEOUT_S
-    while True:
-        job = client.fine_tuning.jobs.retrieve(job_id)
-        if until(job) if until is not None else job.status in FINAL:
-            return job
-        assert time.monotonic() < deadline_s, job
-        assert job.status not in FINAL, job
-        time.sleep(0.02)
-
-
-def finished(client: openai.OpenAI, *rows: str, **options: Any) -> FineTuningJob:
-    job = wait(client, create(client, *rows, **options).id)
-    assert job.status == "succeeded", job.error
-    return job
 
 
 # ---- files ----
@@ -240,6 +202,37 @@ def test_settings_of_our_own_are_taken(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "echoed"),
+    [
+        (
+            {"ia3": {}},
+            {
+                "target_modules": ["k_proj", "v_proj", "down_proj"],
+                "feedforward_modules": ["down_proj"],
+            },
+        ),
+        (
+            {"ia3": {"target_modules": "all-linear", "feedforward_modules": []}},
+            {"target_modules": "all-linear", "feedforward_modules": []},
+        ),
+        (
+            {"bottleneck": {"r": 4, "activation": "gelu"}},
+            {"r": 4, "target_modules": "all-linear", "activation": "gelu"},
+        ),
+    ],
+)
+def test_other_adapters_are_taken(
+    client: openai.OpenAI, given: dict[str, Any], echoed: dict[str, Any]
+) -> None:
+    job = create(client, extra_body={"weft": given})
+    (kind,) = given
+    shown = job.weft  # type: ignore[attr-defined]
+    assert shown[kind] == echoed
+    assert not {"lora", "ia3", "bottleneck"} & set(shown) - {kind}
+    assert wait(client, job.id).status == "succeeded"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"model": "nobody"}, "neither served here"),
@@ -260,6 +253,11 @@ def test_settings_of_our_own_are_taken(client: openai.OpenAI) -> None:
         ({"weft": {"lora": {"target_modules": ["w_proj"]}}}, "match no module"),
         ({"weft": {"lora": {"target_modules": ["q_proj", "w_proj"]}}}, "'w_proj' is unknown"),
         ({"weft": {"lora": {"rank": 4}}}, "unknown parameter: 'weft.lora.rank'"),
+        ({"weft": {"lora": {}, "ia3": {}}}, "give one adapter"),
+        ({"weft": {"ia3": {"target_modules": ["mlp"]}}}, "match no module"),
+        ({"weft": {"bottleneck": {"r": 0}}}, "rank is 0"),
+        ({"weft": {"bottleneck": {"activation": "tanh"}}}, "activation is 'tanh'"),
+        ({"weft": {"bottleneck": {"dropout": 0.1}}}, "'weft.bottleneck.dropout'"),
         ({"weft": {"optimizer": {"name": "lion"}}}, "one of adamw, sgd"),
         ({"weft": {"optimizer": {"lr": 0}}}, "learning rate is 0"),
         ({"weft": {"schedule": "stairs"}}, "one of constant, linear, cosine"),
@@ -453,9 +451,14 @@ def test_another_tenants_things_do_not_exist(
         lambda: other.models.delete(name),
         lambda: other.completions.create(model=name, prompt="x"),
         lambda: create(other, model=name),
+        lambda: other.completions.create(model=f"{name}:ckpt-step-6", prompt="x"),
+        lambda: other.models.delete(f"{name}:ckpt-step-6"),
     ):
         with pytest.raises(openai.NotFoundError):
             look()
+    mine.completions.create(model=f"{name}:ckpt-step-6", prompt="x", max_tokens=1)
+    with pytest.raises(openai.NotFoundError):  # Also once it is loaded.
+        other.completions.create(model=f"{name}:ckpt-step-6", prompt="x")
     assert list(other.fine_tuning.jobs.list()) == []
     assert file not in [found.id for found in other.files.list()]
     assert name not in [model.id for model in other.models.list()]

@@ -13,17 +13,16 @@ import pytest
 
 from serve.postgres import find_binaries, running_postgres
 from weft.base.errors import ConfigError
-from weft.serve.store import (
-    KEPT_CHECKPOINTS,
+from weft.serve.records import (
     InUseError,
     NotFoundError,
     Purpose,
     StorageError,
-    Store,
     StoredAdapter,
     StoredJob,
     StoredStatus,
 )
+from weft.serve.store import KEPT_CHECKPOINTS, Store
 
 OpenStore = Callable[[], Store]
 _BINARIES = find_binaries()
@@ -96,7 +95,8 @@ def _save(store: Store, job_id: str, step: int) -> Path:
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.mkdir()
-    (partial / "state").write_text("x")
+    for name in ("adapter_config.json", "state.safetensors"):
+        (partial / name).write_text("x")
     partial.rename(path)
     return path
 
@@ -174,9 +174,14 @@ def test_old_checkpoints_go(store: Store) -> None:
     job = _job(store)
     for step in range(1, 7):
         _save(store, job.id, step)
-        store.add_checkpoint(job.id, step, {"step": step})
+        gone = store.add_checkpoint(job.id, step, {"step": step})
+        assert gone == ([step - KEPT_CHECKPOINTS] if step > KEPT_CHECKPOINTS else [])
     found = [checkpoint.step for checkpoint in store.checkpoints(job.id).items]
     assert found == [6, 5, 4][:KEPT_CHECKPOINTS]
+    assert store.checkpoint("t", job.id, 6).metrics == {"step": 6}
+    for tenant, step in (("t", 3), ("other", 6)):
+        with pytest.raises(NotFoundError):
+            store.checkpoint(tenant, job.id, step)
     assert {p.name for p in store.job_directory(job.id).iterdir()} == {f"step-{s}" for s in found}
     assert store.latest_checkpoint(job.id) == 6
     cursor = store.checkpoints(job.id, limit=1).items[0].id
@@ -259,6 +264,47 @@ def test_an_adapter_is_there_with_the_end_of_its_job(open_store: OpenStore) -> N
         again.delete_adapter("other", adapter.name)
     again.delete_adapter("t", adapter.name)
     assert not again.adapter_path(adapter).exists()
+
+
+@pytest.mark.parametrize("status", [StoredStatus.FAILED, StoredStatus.SUCCEEDED])
+def test_checkpoints_outlive_their_job_without_its_training_state(
+    open_store: OpenStore, status: StoredStatus
+) -> None:
+    store = open_store()
+    job = _job(store)
+    for step in (1, 2):
+        _save(store, job.id, step)
+        store.add_checkpoint(job.id, step, {"step": step})
+    _save(store, job.id, 3)  # The job ends before its row is made.
+    store.finish_job(job, status, "done", results=b"step\n")
+    directory = store.job_directory(job.id)
+    assert sorted(path.name for path in directory.iterdir()) == ["step-1", "step-2"]
+    (directory / "step-1" / "state.safetensors").write_text("a crash came before this went")
+    again = open_store()
+    assert again.sweep() == [f"jobs/{job.id}/step-1/state.safetensors"]
+    assert again.sweep() == []
+    for step in (1, 2):
+        path = again.checkpoint_path(job.id, step)
+        assert [file.name for file in path.iterdir()] == ["adapter_config.json"]
+    user = _job(again, "ftjob-2", model="name")
+    with pytest.raises(InUseError, match="ftjob-2"):
+        again.delete_checkpoint("t", job.id, 1, name="name")
+    again.update_job(user.id, status=StoredStatus.CANCELLED)
+    with pytest.raises(NotFoundError):
+        again.delete_checkpoint("other", job.id, 1, name="name")
+    again.delete_checkpoint("t", job.id, 1, name="name")
+    assert [c.step for c in again.checkpoints(job.id).items] == [2]
+    again.delete_checkpoint("t", job.id, 2, name="other")
+    assert not directory.exists()
+
+
+def test_a_checkpoint_that_its_job_may_need_is_not_deleted(store: Store) -> None:
+    job = _job(store)
+    _save(store, job.id, 1)
+    store.add_checkpoint(job.id, 1, {"step": 1})
+    with pytest.raises(InUseError, match=job.id):
+        store.delete_checkpoint("t", job.id, 1, name="name")
+    assert store.latest_checkpoint(job.id) == 1
 
 
 def test_what_a_job_needs_is_not_deleted(store: Store) -> None:

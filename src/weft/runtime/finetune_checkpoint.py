@@ -1,4 +1,8 @@
-"""A job's state on disk: weights and optimizer state in safetensors, the rest in JSON.
+"""A job's state on disk: its weights as an adapter directory, and what only training needs beside.
+
+The weights are the float32 (or float64) masters, in the files that `weft.model.adapters.files`
+writes, so a checkpoint is served, exported or started from like any adapter. `state.safetensors`
+holds the optimizer's state and, in its header, the number of steps done and whose job it is.
 
 A checkpoint is written to a directory of another name, flushed to the disk and renamed in, so that
 whatever has its final name is whole.
@@ -7,19 +11,24 @@ whatever has its final name is whole.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weft.base.durable import write_directory
 from weft.base.errors import AdapterLoadError
+from weft.model.adapters.files import read_adapter, write_adapter
+from weft.model.adapters.weights import AdapterWeights
+from weft.model.config import ModelConfig
 from weft.runtime.finetune_state import JobState
 
-_STATE = "state.json"
-_TENSORS = "state.safetensors"
-_FORMAT = "weft-finetune-checkpoint-1"
+_STATE = "state.safetensors"
+_HEADER = "weft"
+_FORMAT = "weft-finetune-checkpoint-2"
 
 
 def save_checkpoint(job: JobState, path: Path, num_steps: int) -> None:
@@ -30,43 +39,66 @@ def save_checkpoint(job: JobState, path: Path, num_steps: int) -> None:
     """
 
     def write(directory: Path) -> None:
-        tensors = {f"weight.{key}": value for key, value in job.trained.tensors().items()}
-        tensors |= {f"optimizer.{key}": value for key, value in job.optimizer.state.items()}
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, directory / _TENSORS)
-        state = {"format": _FORMAT, "num_steps": num_steps, **_identity(job)}
-        (directory / _STATE).write_text(json.dumps(state, indent=1))
+        write_adapter(directory, job.start.adapter, job.adapter_of(job.trained.master))
+        header = json.dumps({"format": _FORMAT, "num_steps": num_steps, **_identity(job)})
+        state = {key: value.cpu().contiguous() for key, value in job.optimizer.state.items()}
+        save_file(state, directory / _STATE, metadata={_HEADER: header})
 
     write_directory(path, write)
 
 
-def load_checkpoint(job: JobState, path: Path) -> int:
+def load_checkpoint(job: JobState, path: Path, config: ModelConfig) -> int:
     """Fill a fresh job's weights and optimizer state; returns the number of steps done.
 
     Raises:
         AdapterLoadError: there is no whole checkpoint, or it is of another job.
     """
-    try:
-        state = json.loads((path / _STATE).read_text())
-        tensors = load_file(path / _TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterLoadError(f"{path} is no checkpoint that can be read: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise AdapterLoadError(f"{path / _STATE} is not of format {_FORMAT}")
+    header, kept = _read_state(path / _STATE)
     for key, value in _identity(job).items():
-        if state.get(key) != value:
+        if header.get(key) != value:
             raise AdapterLoadError(
-                f"{path} is a checkpoint of another job: {key} is {state.get(key)!r} there and "
+                f"{path} is a checkpoint of another job: {key} is {header.get(key)!r} there and "
                 f"{value!r} here"
             )
-    weights = _take(tensors, "weight.", job.trained.tensors(), path)
-    kept = _take(tensors, "optimizer.", dict(job.optimizer.state), path)
-    num_steps = state.get("num_steps")
+    num_steps = header.get("num_steps")
     if not isinstance(num_steps, int) or num_steps < 0:
         raise AdapterLoadError(f"{path / _STATE}: num_steps is {num_steps!r}")
-    job.trained.load(weights)
+    if _shapes(kept) != _shapes(job.optimizer.state):
+        raise AdapterLoadError(f"{path / _STATE}: tensors are missing or of another shape")
+    master = job.trained.master
+    load_weights(job, read_adapter(path, config, dtype=master.dtype, device=master.device), path)
     for key, value in job.optimizer.state.items():
         value.copy_(kept[key])
     return num_steps
+
+
+def load_weights(job: JobState, adapter: AdapterWeights, path: Path) -> None:
+    """Fill a fresh job's weights; `path` names their source in messages.
+
+    Raises:
+        AdapterLoadError: they are of other targets, ranks or scales.
+    """
+    found = {
+        f"{bypass.target.layer}.{bypass.target.module}.{name}": (bypass.target.scale, weight)
+        for bypass in adapter
+        for name, weight in bypass.weights.items()
+    }
+    wanted = {s.key: (s.target.scale, s.shape) for s in job.trained.slots}
+    if {k: (scale, tuple(w.shape)) for k, (scale, w) in found.items()} != wanted:
+        raise AdapterLoadError(f"{path} holds an adapter of other targets, ranks or scales")
+    job.trained.load({key: weight for key, (_, weight) in found.items()})
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterLoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise AdapterLoadError(f"{path} is not of format {_FORMAT}")
+    return header, tensors
 
 
 def _identity(job: JobState) -> dict[str, object]:
@@ -82,11 +114,5 @@ def _identity(job: JobState) -> dict[str, object]:
     }
 
 
-def _take(
-    tensors: dict[str, Tensor], prefix: str, wanted: dict[str, Tensor], path: Path
-) -> dict[str, Tensor]:
-    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    shapes = {key: tuple(value.shape) for key, value in wanted.items()}
-    if {key: tuple(value.shape) for key, value in found.items()} != shapes:
-        raise AdapterLoadError(f"{path / _TENSORS}: tensors are missing or of another shape")
-    return found
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in tensors.items()}

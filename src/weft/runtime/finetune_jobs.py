@@ -42,7 +42,7 @@ from weft.model.finetune.optimizer import clip_
 from weft.model.finetune.taps import SampleTaps, TappedRow
 from weft.model.forward_step import BypassGroup
 from weft.runtime.device_context import DeviceContext
-from weft.runtime.finetune_checkpoint import load_checkpoint, save_checkpoint
+from weft.runtime.finetune_checkpoint import load_checkpoint, load_weights, save_checkpoint
 from weft.runtime.finetune_state import JobState, SampleState
 from weft.runtime.transfer import Download, upload
 
@@ -110,7 +110,7 @@ class FinetuneJobs:
         try:
             job = JobState(start, self._context)
             if start.resume_from is not None:
-                job.num_steps = load_checkpoint(job, Path(start.resume_from))
+                job.num_steps = load_checkpoint(job, Path(start.resume_from), self._context.config)
             elif start.initial_adapter is not None:
                 self._load_adapter(job, start.initial_adapter)
         except (WeftError, OSError, RuntimeError) as error:
@@ -120,18 +120,11 @@ class FinetuneJobs:
         self._jobs[start.job_id] = job
 
     def _load_adapter(self, job: JobState, path: str) -> None:
+        master = job.trained.master
         adapter = read_adapter(
-            path, self._context.config, dtype=job.trained.master.dtype, device=self._context.device
+            path, self._context.config, dtype=master.dtype, device=self._context.device
         )
-        found = {
-            f"{bypass.target.layer}.{bypass.target.module}.{name}": (bypass.target.scale, weight)
-            for bypass in adapter
-            for name, weight in bypass.weights.items()
-        }
-        wanted = {s.key: (s.target.scale, s.shape) for s in job.trained.slots}
-        if {k: (scale, tuple(w.shape)) for k, (scale, w) in found.items()} != wanted:
-            raise WeftError(f"{path} holds an adapter of other targets, ranks or scales")
-        job.trained.load({key: weight for key, (_, weight) in found.items()})
+        load_weights(job, adapter, Path(path))
 
     def _start_sample(self, start: SampleStart) -> None:
         job = self._jobs.get(start.job_id)

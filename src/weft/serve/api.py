@@ -47,7 +47,7 @@ from weft.serve.protocol import (
 )
 from weft.serve.request_factory import Prepared, RequestFactory, RequestLimits
 from weft.serve.responses import encode_json
-from weft.serve.served_models import ServedModels
+from weft.serve.served_models import Resolved, ServedModels
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BODIES: tuple[type[Body], ...] = (
@@ -150,7 +150,7 @@ class Api:
         self._check_open()
         body = await self._read(request, CompletionBody)
         tenant = tenant_of(request)
-        model = self.served_models.resolve(body.model, tenant.name)
+        model = await self._resolve(body.model, tenant.name)
         prepared = await self._factory.completions(body, tenant, adapter=model.adapter)
         generation = self._generate(prepared, is_streamed=bool(body.stream))
         writer = CompletionWriter(
@@ -167,7 +167,7 @@ class Api:
         self._check_open()
         body = await self._read(request, ChatBody)
         tenant = tenant_of(request)
-        model = self.served_models.resolve(body.model, tenant.name)
+        model = await self._resolve(body.model, tenant.name)
         prepared = await self._factory.chat(body, tenant, adapter=model.adapter)
         generation = self._generate([prepared], is_streamed=bool(body.stream))
         writer = ChatWriter(
@@ -217,7 +217,7 @@ class Api:
         """Text or conversation to token ids."""
         self._check_open()
         body = await self._read(request, TokenizeBody)
-        self.served_models.resolve(body.model, tenant_of(request).name)
+        await self._resolve(body.model, tenant_of(request).name)
         tokens = await self._factory.tokenize(body)
         answer: dict[str, Any] = {
             "count": len(tokens),
@@ -234,7 +234,7 @@ class Api:
         """Token ids to text."""
         self._check_open()
         body = await self._read(request, DetokenizeBody)
-        self.served_models.resolve(body.model, tenant_of(request).name)
+        await self._resolve(body.model, tenant_of(request).name)
         try:
             tokens = self.tokenizer.check_ids(body.tokens, num_ids=self.client.info.vocab_size)
         except InvalidRequestError as error:
@@ -253,13 +253,14 @@ class Api:
         """One name."""
         self._check_open()
         tenant = tenant_of(request).name
+        await self._resolve(model, tenant)
         return _json(self.served_models.card(model, tenant, self.client.info.max_model_len))
 
     async def delete_model(self, request: Request, model: str) -> Response:
         """Delete a fine-tuned model; requests that run keep it to their end."""
         self._check_open()
         tenant = tenant_of(request).name
-        self.served_models.resolve(model, tenant)
+        await self._resolve(model, tenant)
         if self._finetuning is None or not model.startswith("ft:"):
             raise InvalidRequestError(
                 f"model {model!r} cannot be deleted; only fine-tuned models (ft:...) can", "model"
@@ -281,6 +282,16 @@ class Api:
         return Response(self.metrics.render(), media_type=METRICS_MEDIA_TYPE)
 
     # ---- pieces ----
+
+    async def _resolve(self, name: str | None, tenant: str) -> Resolved:
+        """What a request's model stands for; checkpoints are loaded when they are first asked for.
+
+        Raises:
+            InvalidRequestError: no such model is served to this tenant.
+        """
+        if self._finetuning is not None and name is not None:
+            await self._finetuning.serve_checkpoint(tenant, name)
+        return self.served_models.resolve(name, tenant)
 
     def _check_open(self) -> None:
         if self.client.death is not None:

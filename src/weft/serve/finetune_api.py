@@ -24,8 +24,8 @@ from weft.serve.finetune_objects import (
 )
 from weft.serve.finetune_service import FinetuneService
 from weft.serve.messages import JobAction
+from weft.serve.records import Purpose, StoredJob
 from weft.serve.responses import encode_json
-from weft.serve.store import Purpose, StoredJob
 
 MAX_PAGE = 10_000
 _FILE_PAGE = 10_000

@@ -18,7 +18,7 @@ from weft.engine.finetune import (
     ScheduleName,
     TrainingSample,
 )
-from weft.graph.adapter_spec import AdapterSpec
+from weft.graph.adapter_spec import AdapterKind, AdapterSpec
 from weft.serve.finetune_data import OverlongSamples
 from weft.serve.protocol import MAX_NAME_CHARS, Body, Name, Number
 
@@ -26,6 +26,9 @@ BASE_LEARNING_RATE = 2e-4
 """What `learning_rate_multiplier` multiplies."""
 AUTO_EPOCHS = 3
 AUTO_RANK = 16
+AUTO_IA3_TARGETS = ("k_proj", "v_proj", "down_proj")
+AUTO_IA3_INPUTS = ("down_proj",)
+"""PEFT's own choice for Llama-like models."""
 AUTO_BATCH_SHARE = 0.002
 MAX_AUTO_BATCH = 256
 """`batch_size: "auto"` is 0.2 % of the samples, within [1, 256], as OpenAI has it."""
@@ -33,6 +36,8 @@ MAX_EPOCHS = 1000
 MAX_BATCH = 4096
 MAX_SUFFIX_CHARS = 64
 _MAX_METADATA = 16
+_SPEC_NAMES = {"r": "rank"}
+"""Of the API's names, those that `AdapterSpec` calls otherwise."""
 _SUPPORTED_METHODS = "supported is supervised"
 
 Auto = Literal["auto"]
@@ -41,6 +46,8 @@ Suffix = Annotated[
 ]
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+Targets = Name | Annotated[list[Name], Field(max_length=256)] | None
+"""Names, a regular expression, or `all-linear`."""
 
 
 class HyperparametersBody(Body):
@@ -72,7 +79,22 @@ class LoraBody(Body):
     r: int | None = None
     alpha: Number | None = None
     dropout: Number | None = None
-    target_modules: Name | Annotated[list[Name], Field(max_length=256)] | None = None
+    target_modules: Targets = None
+
+
+class Ia3Body(Body):
+    """`weft.ia3`; the names are PEFT's."""
+
+    target_modules: Targets = None
+    feedforward_modules: Targets = None
+
+
+class BottleneckBody(Body):
+    """`weft.bottleneck`: behind the attention and the feed-forward sub-layers."""
+
+    r: int | None = None
+    target_modules: Targets = None
+    activation: Name | None = None
 
 
 class OptimizerBody(Body):
@@ -87,6 +109,9 @@ class WeftBody(Body):
     """`weft`: what OpenAI's API has no words for."""
 
     lora: LoraBody | None = None
+    """At most one of the three adapters; without any, LoRA."""
+    ia3: Ia3Body | None = None
+    bottleneck: BottleneckBody | None = None
     optimizer: OptimizerBody | None = None
     schedule: Name | None = None
     num_warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -120,10 +145,9 @@ class JobSettings:
     n_epochs: int
     batch_size: int
     learning_rate_multiplier: float
-    r: int
-    alpha: float
-    dropout: float
-    target_modules: tuple[str, ...] | str
+    kind: str
+    adapter_fields: dict[str, Any]
+    """As `weft.lora`, `weft.ia3` or `weft.bottleneck` shows them, all of them set."""
     optimizer: str
     lr: float
     weight_decay: float
@@ -136,9 +160,10 @@ class JobSettings:
 
     def adapter(self) -> AdapterSpec:
         """The adapter to train; raises ConfigError where a number is out of its range."""
-        return AdapterSpec(
-            rank=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules
-        )
+        fields: dict[str, Any] = {
+            _SPEC_NAMES.get(name, name): value for name, value in self.adapter_fields.items()
+        }
+        return AdapterSpec(kind=AdapterKind(self.kind), **fields)
 
     def optimizer_spec(self) -> OptimizerSpec:
         """The optimizer; raises ConfigError where a number is out of its range."""
@@ -153,7 +178,8 @@ class JobSettings:
 
     def check(self) -> None:
         """Raise InvalidRequestError where a setting is out of its range or unknown."""
-        for param, work in (("weft.lora", self.adapter), ("weft.optimizer", self.optimizer_spec)):
+        adapter = f"weft.{self.kind}"
+        for param, work in ((adapter, self.adapter), ("weft.optimizer", self.optimizer_spec)):
             try:
                 work()
             except ConfigError as error:
@@ -189,13 +215,7 @@ class JobSettings:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> JobSettings:
         """What `to_json` gave."""
-        targets = fields["target_modules"]
-        return cls(
-            **{
-                **fields,
-                "target_modules": targets if isinstance(targets, str) else tuple(targets),
-            }
-        )
+        return cls(**fields)
 
     def hyperparameters(self) -> dict[str, int | float]:
         """As OpenAI's objects show them."""
@@ -207,14 +227,8 @@ class JobSettings:
 
     def weft(self) -> dict[str, Any]:
         """As `weft` shows them."""
-        targets = self.target_modules
         return {
-            "lora": {
-                "r": self.r,
-                "alpha": self.alpha,
-                "dropout": self.dropout,
-                "target_modules": targets if isinstance(targets, str) else list(targets),
-            },
+            self.kind: dict(self.adapter_fields),
             "optimizer": {
                 "name": self.optimizer,
                 "lr": self.lr,
@@ -238,7 +252,6 @@ def resolve_settings(body: JobBody, *, num_samples: int, max_model_len: int) -> 
     """
     given = _hyperparameters(body)
     weft = body.weft or WeftBody()
-    lora = weft.lora or LoraBody()
     optimizer = weft.optimizer or OptimizerBody()
     multiplier = _set(given.learning_rate_multiplier)
     if multiplier is not None and optimizer.lr is not None:
@@ -247,23 +260,20 @@ def resolve_settings(body: JobBody, *, num_samples: int, max_model_len: int) -> 
             "learning_rate_multiplier",
         )
     lr = optimizer.lr if optimizer.lr is not None else (multiplier or 1.0) * BASE_LEARNING_RATE
-    rank = AUTO_RANK if lora.r is None else lora.r
-    targets = "all-linear" if lora.target_modules is None else lora.target_modules
     length = weft.max_sample_tokens or max_model_len
     if length > max_model_len:
         raise InvalidRequestError(
             f"weft.max_sample_tokens is {length}; this model's context holds {max_model_len}",
             "weft.max_sample_tokens",
         )
+    kind, fields = _adapter(weft)
     auto_batch = max(1, min(MAX_AUTO_BATCH, round(num_samples * AUTO_BATCH_SHARE)))
     settings = JobSettings(
         n_epochs=_set(given.n_epochs) or AUTO_EPOCHS,
         batch_size=_set(given.batch_size) or auto_batch,
         learning_rate_multiplier=lr / BASE_LEARNING_RATE if multiplier is None else multiplier,
-        r=rank,
-        alpha=float(2 * rank) if lora.alpha is None else lora.alpha,
-        dropout=lora.dropout or 0.0,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        kind=kind.value,
+        adapter_fields=fields,
         optimizer=optimizer.name or OptimizerName.ADAMW.value,
         lr=lr,
         weight_decay=optimizer.weight_decay or 0.0,
@@ -276,6 +286,37 @@ def resolve_settings(body: JobBody, *, num_samples: int, max_model_len: int) -> 
     )
     settings.check()
     return settings
+
+
+def _adapter(weft: WeftBody) -> tuple[AdapterKind, dict[str, Any]]:
+    """Which adapter is asked for, and every setting of it under the names of the API."""
+    given = {
+        AdapterKind.LORA: weft.lora,
+        AdapterKind.IA3: weft.ia3,
+        AdapterKind.BOTTLENECK: weft.bottleneck,
+    }
+    asked = [kind for kind, body in given.items() if body is not None]
+    if len(asked) > 1:
+        names = " and ".join(f"weft.{kind}" for kind in asked)
+        raise InvalidRequestError(f"{names} are given; give one adapter", f"weft.{asked[1]}")
+    kind = asked[0] if asked else AdapterKind.LORA
+    body = given[kind] or LoraBody()
+    # Not `model_dump`: unknown keys that a server was told to ignore are no settings.
+    asked_for = {name: getattr(body, name) for name in type(body).model_fields}
+    fields = {name: value for name, value in asked_for.items() if value is not None}
+    match kind:
+        case AdapterKind.LORA:
+            rank = fields.get("r", AUTO_RANK)
+            defaults = {"r": rank, "alpha": float(2 * rank), "dropout": 0.0}
+            defaults["target_modules"] = "all-linear"
+        case AdapterKind.IA3:
+            defaults = {
+                "target_modules": list(AUTO_IA3_TARGETS),
+                "feedforward_modules": list(AUTO_IA3_INPUTS),
+            }
+        case AdapterKind.BOTTLENECK:
+            defaults = {"r": AUTO_RANK, "target_modules": "all-linear", "activation": "relu"}
+    return kind, defaults | fields
 
 
 def _hyperparameters(body: JobBody) -> HyperparametersBody:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from weft.serve.finetune_bodies import JobSettings
-from weft.serve.store import (
+from weft.serve.records import (
     Page,
     StoredCheckpoint,
     StoredEvent,
@@ -28,11 +28,29 @@ METRIC_COLUMNS = (
     "elapsed_s",
 )
 """Of the step metrics: in events, in checkpoints and in the result file."""
+_CHECKPOINT_MARK = ":ckpt-step-"
 
 
 def model_name(job: StoredJob) -> str:
     """The name that a job's result will have."""
     return f"ft:{job.base_model}:weft:{job.suffix}:{job.id.removeprefix('ftjob-')}"
+
+
+def checkpoint_name(job: StoredJob, step: int) -> str:
+    """The name under which a checkpoint is served."""
+    return f"{model_name(job)}{_CHECKPOINT_MARK}{step}"
+
+
+def split_checkpoint_name(name: str) -> tuple[str, int] | None:
+    """Job and step of what may be a checkpoint's name; None where it cannot be one.
+
+    Whether there is such a checkpoint, and of that name, is for the caller to find out.
+    """
+    result, found, step = name.rpartition(_CHECKPOINT_MARK)
+    is_number = step.isascii() and step.isdigit() and len(step) < 19
+    if not (result.startswith("ft:") and found and is_number):
+        return None
+    return f"ftjob-{result.rpartition(':')[2]}", int(step)
 
 
 def file_object(file: StoredFile) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def checkpoint_object(checkpoint: StoredCheckpoint, job: StoredJob) -> dict[str,
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",
         "created_at": checkpoint.created_at,
-        "fine_tuned_model_checkpoint": f"{model_name(job)}:ckpt-step-{checkpoint.step}",
+        "fine_tuned_model_checkpoint": checkpoint_name(job, checkpoint.step),
         "fine_tuning_job_id": job.id,
         "step_number": checkpoint.step,
         "metrics": {

@@ -8,6 +8,7 @@ checkpoint; the order of samples follows from the job's seed, so nothing else ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -40,17 +41,18 @@ from weft.serve.api_keys import Tenant
 from weft.serve.finetune_bodies import JobBody, JobSettings, resolve_settings
 from weft.serve.finetune_data import Example, OverlongSamples, encode_examples, read_examples
 from weft.serve.finetune_objects import metrics_csv, model_name
+from weft.serve.finetuned_models import FinetunedModels
 from weft.serve.messages import JobAction
-from weft.serve.served_models import ServedModels
-from weft.serve.store import (
+from weft.serve.records import (
     NotFoundError,
     Page,
     StorageError,
-    Store,
     StoredAdapter,
     StoredJob,
     StoredStatus,
 )
+from weft.serve.served_models import ServedModels
+from weft.serve.store import Store
 
 FINAL_DIRECTORY = "final"
 """Beside a job's checkpoints: the adapter alone, once the job is done."""
@@ -101,6 +103,7 @@ class FinetuneService:
         self._tokenizer = tokenizer
         self._config = config
         self._models = models
+        self._results = FinetunedModels(store, models, run=self.run)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self._events: asyncio.Queue[FinetuneEvent] = asyncio.Queue()
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
@@ -158,7 +161,7 @@ class FinetuneService:
             InvalidRequestError: a setting or a line of a file is refused; the message says which.
             OutOfMemoryError: the job does not fit; the message says what would do.
         """
-        initial = await self._initial_adapter(tenant, body.model)
+        initial = await self._initial_adapter(tenant.name, body.model)
         training = await self._read(tenant.name, body.training_file, "training_file")
         validation = None
         if body.validation_file is not None:
@@ -224,7 +227,9 @@ class FinetuneService:
                 "id",
                 "wrong_state",
             )
-        await self._engine.control_job(job_id, action)
+        # A ConfigError: it has ended just now, and the news of that are on their way to the store.
+        with contextlib.suppress(ConfigError):
+            await self._engine.control_job(job_id, action)
         deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
         while True:
             changed = self._change_of(job_id)
@@ -234,10 +239,13 @@ class FinetuneService:
             async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
                 await changed
 
+    async def serve_checkpoint(self, tenant: str, name: str) -> None:
+        """Load a checkpoint that is asked for by its name; other names are ignored."""
+        await self._results.serve_checkpoint(tenant, name)
+
     async def delete_adapter(self, tenant: str, name: str) -> None:
-        """Delete a finished adapter; running requests keep it to their end."""
-        await self.run(self._store.delete_adapter, tenant, name)
-        await self._models.remove(name)
+        """Delete a finished adapter or a checkpoint; running requests keep it to their end."""
+        await self._results.delete(tenant, name)
 
     async def checkpoints(self, tenant: str, job_id: str, **page: Any) -> tuple[StoredJob, Page]:
         """A job and its checkpoints."""
@@ -252,11 +260,11 @@ class FinetuneService:
 
     # ---- starting jobs ----
 
-    async def _initial_adapter(self, tenant: Tenant, name: str) -> str | None:
+    async def _initial_adapter(self, tenant: str | None, name: str) -> str | None:
         if name in self._config.base_names:
             return None
         try:
-            adapter = await self.run(self._store.adapter, tenant.name, name)
+            return await self._results.path(tenant, name)
         except NotFoundError:
             raise InvalidRequestError(
                 f"model {name!r} is neither served here ({', '.join(self._config.base_names)}) nor "
@@ -264,7 +272,6 @@ class FinetuneService:
                 "model",
                 "model_not_found",
             ) from None
-        return str(self._store.adapter_path(adapter))
 
     async def _read(self, tenant: str, file_id: str, param: str) -> bytes:
         try:
@@ -338,11 +345,7 @@ class FinetuneService:
         step = await self.run(self._store.latest_checkpoint, job.id)
         try:
             await self.run(self._store.rewind, job.id, step or 0)
-            initial = None
-            if job.model not in self._config.base_names:
-                initial = str(
-                    self._store.adapter_path(await self.run(self._store.adapter, None, job.model))
-                )
+            initial = await self._initial_adapter(None, job.model)
             training = await self.run(self._store.read_file, job.tenant, job.training_file)
             validation = None
             if job.validation_file is not None:
@@ -389,8 +392,7 @@ class FinetuneService:
                 self._estimate(event)
                 await self.run(self._keep_metrics, event)
             case CheckpointSaved() if event.path.endswith(f"step-{event.num_steps}"):
-                metrics = self._metrics_at(event.job_id, event.num_steps)
-                await self.run(self._store.add_checkpoint, event.job_id, event.num_steps, metrics)
+                await self._keep_checkpoint(event)
             case CheckpointSaved():
                 pass  # The final adapter: kept with the job's end.
             case JobChanged():
@@ -398,6 +400,11 @@ class FinetuneService:
                 for waiter in self._waiters.pop(event.job_id, []):
                     if not waiter.done():
                         waiter.set_result(None)
+
+    async def _keep_checkpoint(self, event: CheckpointSaved) -> None:
+        metrics = self._metrics_at(event.job_id, event.num_steps)
+        gone = await self.run(self._store.add_checkpoint, event.job_id, event.num_steps, metrics)
+        await self._results.checkpoints_gone(event.job_id, gone)
 
     def _keep_metrics(self, event: StepMetrics) -> None:
         loss = f"{event.loss:.4f}"

@@ -11,12 +11,13 @@ from weft.base.errors import (
     AdapterLoadError,
     EngineDeadError,
     InvalidRequestError,
+    OutOfMemoryError,
     QueueFullError,
     UnsupportedError,
     WeftError,
 )
+from weft.serve.records import StorageError
 from weft.serve.responses import encode_json
-from weft.serve.store import StorageError
 
 _INTERNAL_ERROR = "internal_error"
 _STATUSES = {"model_not_found": 404, "not_found": 404, "in_use": 409, "wrong_state": 409}
@@ -75,6 +76,8 @@ def as_http_error(error: BaseException) -> HttpError:
             )
         case AdapterLoadError():
             return HttpError(status=400, message=str(error), code="invalid_adapter")
+        case OutOfMemoryError():
+            return HttpError(status=400, message=str(error), code="out_of_memory")
         case UnsupportedError():
             return HttpError(status=400, message=str(error), code="unsupported")
         case StorageError():

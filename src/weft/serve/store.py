@@ -5,7 +5,9 @@ file or directory gets its final name before the row that names it commits, and 
 it is deleted, so whatever has no row is left over from a crash: `sweep` removes it. Everything
 belongs to a tenant, and for another tenant it does not exist.
 
-Layout: `files/ID`, `jobs/JOB/step-N` (checkpoints), `adapters/JOB`.
+Layout: `files/ID`, `jobs/JOB/step-N` (checkpoints), `adapters/JOB`. A checkpoint is an adapter
+directory; what its job needs besides to go on is in files named `state.*`, and goes with the job's
+end.
 """
 
 from __future__ import annotations
@@ -13,162 +15,36 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import time
-import uuid
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DatabaseError
 
 from weft.base.durable import write_file
-from weft.base.errors import InvalidRequestError, WeftError
+from weft.base.errors import WeftError
 from weft.serve import database as db
+from weft.serve import rows
+from weft.serve.records import (
+    FINAL_STATUSES,
+    InUseError,
+    NotFoundError,
+    Page,
+    Purpose,
+    StorageError,
+    StoredAdapter,
+    StoredCheckpoint,
+    StoredFile,
+    StoredJob,
+    StoredStatus,
+)
 
 KEPT_CHECKPOINTS = 3
 """Of a job, the latest; older ones are deleted as new ones come."""
+_ONLY_TO_GO_ON = "state.*"
 _STEP_DIRECTORY = re.compile(r"step-(\d+)\Z")
-
-
-class NotFoundError(InvalidRequestError):
-    """Nothing of that id belongs to the tenant."""
-
-    def __init__(self, what: str, id: str) -> None:
-        super().__init__(f"no {what} with id {id!r}", "id", "not_found")
-
-
-class InUseError(InvalidRequestError):
-    """What is to be deleted is needed by something that is not finished."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "id", "in_use")
-
-
-class StorageError(WeftError, OSError):
-    """The disk or the database cannot take more, or is broken."""
-
-
-class Purpose(StrEnum):
-    """What a file is for."""
-
-    FINE_TUNE = "fine-tune"
-    RESULTS = "fine-tune-results"
-
-
-class StoredStatus(StrEnum):
-    """A job's status as the API names it."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def is_final(self) -> bool:
-        """Whether nothing comes after it."""
-        return self in _FINAL
-
-
-_FINAL = (StoredStatus.SUCCEEDED, StoredStatus.FAILED, StoredStatus.CANCELLED)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredFile:
-    """A file that was uploaded, or results that were written."""
-
-    id: str
-    tenant: str
-    filename: str
-    purpose: str
-    num_bytes: int
-    created_at: int
-    number: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredJob:
-    """A finetuning job: what was asked for and how far it is."""
-
-    id: str
-    number: int
-    tenant: str
-    tenant_weight: float
-    model: str
-    """As it was asked for: the base, or an earlier result to start from."""
-    base_model: str
-    suffix: str
-    status: StoredStatus
-    training_file: str
-    validation_file: str | None
-    seed: int
-    resolved: dict[str, Any]
-    """Every setting, none of them "auto"."""
-    metadata: dict[str, str] | None
-    created_at: int
-    finished_at: int | None = None
-    error_code: str | None = None
-    error_message: str | None = None
-    fine_tuned_model: str | None = None
-    result_file: str | None = None
-    step: int = 0
-    """Optimizer steps done."""
-    num_steps: int = 0
-    trained_tokens: int = 0
-    epoch_tokens: int = 0
-    """Tokens of all samples, once."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredEvent:
-    """One line of a job's history."""
-
-    number: int
-    job_id: str
-    created_at: int
-    level: str
-    type: str
-    message: str
-    step: int | None
-    data: dict[str, Any] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredCheckpoint:
-    """A point from which a job can go on."""
-
-    id: str
-    job_id: str
-    step: int
-    created_at: int
-    metrics: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredAdapter:
-    """A finished adapter."""
-
-    name: str
-    tenant: str
-    base_model: str
-    job_id: str
-    version: int
-    directory: str
-    """Relative to the data directory."""
-    created_at: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Page:
-    """Part of a list, and whether more follows."""
-
-    items: Sequence[Any]
-    has_more: bool
 
 
 class Store:
@@ -193,10 +69,10 @@ class Store:
 
     def add_file(self, tenant: str, *, filename: str, purpose: Purpose, data: bytes) -> StoredFile:
         """Keep a file; it is on disk in full before its row is."""
-        file = _new_file(tenant, filename, purpose, data)
+        file = rows.new_file(tenant, filename, purpose, data)
         with self._writing() as connection:
             write_file(self.file_path(file.id), data)
-            connection.execute(db.files.insert().values(**_fields(file)))
+            connection.execute(db.files.insert().values(**rows.fields_of(file)))
         return file
 
     def file(self, tenant: str, file_id: str) -> StoredFile:
@@ -207,7 +83,7 @@ class Store:
             ).one_or_none()
         if row is None:
             raise NotFoundError("file", file_id)
-        return _file(row)
+        return rows.as_file(row)
 
     def files(
         self,
@@ -223,7 +99,7 @@ class Store:
         if purpose is not None:
             query = query.where(db.files.c.purpose == purpose)
         cursor = None if after is None else self.file(tenant, after).number
-        return self._page(query, db.files.c.number, cursor, limit, is_ascending, _file)
+        return self._page(query, db.files.c.number, cursor, limit, is_ascending, rows.as_file)
 
     def file_path(self, file_id: str) -> Path:
         """Where a file's content lies."""
@@ -244,7 +120,7 @@ class Store:
         with self._writing() as connection:
             user = connection.execute(
                 sa.select(db.jobs.c.id).where(
-                    db.jobs.c.status.not_in(_FINAL),
+                    db.jobs.c.status.not_in(FINAL_STATUSES),
                     sa.or_(
                         db.jobs.c.training_file == file_id, db.jobs.c.validation_file == file_id
                     ),
@@ -262,8 +138,8 @@ class Store:
     def add_job(self, job: StoredJob, message: str) -> None:
         """Keep a new job and the first line of its history."""
         with self._writing() as connection:
-            connection.execute(db.jobs.insert().values(**_fields(job)))
-            _add_event(connection, job.id, message, "info", "message", None, None)
+            connection.execute(db.jobs.insert().values(**rows.fields_of(job)))
+            rows.add_event(connection, job.id, message, "info", "message", None, None)
 
     def job(self, tenant: str | None, job_id: str) -> StoredJob:
         """One job; None for the tenant means whoever's it is."""
@@ -274,26 +150,28 @@ class Store:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise NotFoundError("fine-tuning job", job_id)
-        return _job(row)
+        return rows.as_job(row)
 
     def jobs(self, tenant: str, *, after: str | None = None, limit: int = 20) -> Page:
         """Jobs, newest first."""
         query = sa.select(db.jobs).where(db.jobs.c.tenant == tenant)
         cursor = None if after is None else self.job(tenant, after).number
-        return self._page(query, db.jobs.c.number, cursor, limit, False, _job)
+        return self._page(query, db.jobs.c.number, cursor, limit, False, rows.as_job)
 
     def unfinished_jobs(self) -> list[StoredJob]:
         """What a restarted server goes on with, oldest first."""
         with self._engine.connect() as connection:
-            rows = connection.execute(
-                sa.select(db.jobs).where(db.jobs.c.status.not_in(_FINAL)).order_by(db.jobs.c.number)
+            found = connection.execute(
+                sa.select(db.jobs)
+                .where(db.jobs.c.status.not_in(FINAL_STATUSES))
+                .order_by(db.jobs.c.number)
             ).all()
-        return [_job(row) for row in rows]
+        return [rows.as_job(row) for row in found]
 
     def update_job(self, job_id: str, **values: Any) -> None:
         """Change columns of a job."""
         with self._writing() as connection:
-            _update_job(connection, job_id, values)
+            rows.update_job(connection, job_id, values)
 
     def remove_job(self, job_id: str) -> None:
         """Forget a job that the engine would not take."""
@@ -321,9 +199,9 @@ class Store:
     ) -> None:
         """Add a line to a job's history and, in the same transaction, change the job."""
         with self._writing() as connection:
-            _add_event(connection, job_id, message, level, type, step, data)
+            rows.add_event(connection, job_id, message, level, type, step, data)
             if job_values:
-                _update_job(connection, job_id, job_values)
+                rows.update_job(connection, job_id, job_values)
 
     def add_step(
         self,
@@ -350,17 +228,17 @@ class Store:
         if after is not None and not (number.isascii() and number.isdigit()):
             raise NotFoundError("event", after)
         cursor = None if after is None else int(number)
-        return self._page(query, db.events.c.number, cursor, limit, False, _event)
+        return self._page(query, db.events.c.number, cursor, limit, False, rows.as_event)
 
     def step_metrics(self, job_id: str) -> list[dict[str, Any]]:
         """The metrics of every step that was reported, in order."""
         with self._engine.connect() as connection:
-            rows = connection.execute(
+            found = connection.execute(
                 sa.select(db.events.c.data)
                 .where(db.events.c.job_id == job_id, db.events.c.type == "metrics")
                 .order_by(db.events.c.step, db.events.c.number)
             ).scalars()
-            return [dict(row) for row in rows]
+            return [dict(row) for row in found]
 
     def rewind(self, job_id: str, step: int) -> None:
         """Forget what was reported after a step: it will be done, and reported, again."""
@@ -377,7 +255,7 @@ class Store:
                     db.events.c.job_id == job_id, db.events.c.type == "metrics"
                 )
             ).scalars()
-            _update_job(
+            rows.update_job(
                 connection,
                 job_id,
                 {"step": step, "trained_tokens": sum(int(data["tokens"]) for data in tokens)},
@@ -385,23 +263,57 @@ class Store:
 
     # ---- checkpoints ----
 
-    def add_checkpoint(self, job_id: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep a checkpoint whose directory is in place, and drop those that are too old."""
+    def add_checkpoint(self, job_id: str, step: int, metrics: Mapping[str, Any]) -> list[int]:
+        """Keep a checkpoint whose directory is in place, and drop those that are too old.
+
+        Returns the steps of those that were dropped.
+        """
         with self._writing() as connection:
-            _add_checkpoint(connection, job_id, step, metrics)
+            rows.add_checkpoint(connection, job_id, step, metrics)
             steps = connection.execute(
                 sa.select(db.checkpoints.c.step)
                 .where(db.checkpoints.c.job_id == job_id)
                 .order_by(db.checkpoints.c.step.desc())
             ).scalars()
             old = list(steps)[KEPT_CHECKPOINTS:]
-            connection.execute(
-                db.checkpoints.delete().where(
-                    db.checkpoints.c.job_id == job_id, db.checkpoints.c.step.in_(old)
-                )
-            )
+            rows.drop_checkpoints(connection, job_id, old)
         for number in old:
             shutil.rmtree(self.checkpoint_path(job_id, number), ignore_errors=True)
+        return old
+
+    def checkpoint(self, tenant: str | None, job_id: str, step: int) -> StoredCheckpoint:
+        """One checkpoint; NotFoundError where it is not this tenant's, or is gone."""
+        self.job(tenant, job_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(
+                sa.select(db.checkpoints).where(
+                    db.checkpoints.c.job_id == job_id, db.checkpoints.c.step == step
+                )
+            ).one_or_none()
+        if row is None:
+            raise NotFoundError("checkpoint", rows.checkpoint_id(job_id, f"-{step}"))
+        return rows.as_checkpoint(row)
+
+    def delete_checkpoint(self, tenant: str, job_id: str, step: int, *, name: str) -> None:
+        """Forget a checkpoint of a job that has ended, then delete it.
+
+        `name` is what a job that starts from it calls it.
+
+        Raises:
+            InUseError: its job may still go on from it, or another one starts from it.
+        """
+        self.checkpoint(tenant, job_id, step)
+        if not self.job(tenant, job_id).status.is_final:
+            raise InUseError(
+                f"checkpoint {name} is in use by job {job_id}, which may go on from it; cancel the "
+                "job, or wait for its end"
+            )
+        with self._writing() as connection:
+            rows.check_unused(connection, name)
+            rows.drop_checkpoints(connection, job_id, [step])
+        shutil.rmtree(self.checkpoint_path(job_id, step), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.job_directory(job_id).rmdir()  # If this was the last one.
 
     def checkpoints(self, job_id: str, *, after: str | None = None, limit: int = 10) -> Page:
         """A job's checkpoints, newest first."""
@@ -409,10 +321,11 @@ class Store:
         cursor: int | None = None
         if after is not None:  # It may be gone by now; what follows it is clear all the same.
             prefix, _, number = after.rpartition("-")
-            if prefix != _checkpoint_id(job_id, "") or not (number.isascii() and number.isdigit()):
+            is_number = number.isascii() and number.isdigit()
+            if prefix != rows.checkpoint_id(job_id, "") or not is_number:
                 raise NotFoundError("checkpoint", after)
             cursor = int(number)
-        return self._page(query, db.checkpoints.c.step, cursor, limit, False, _checkpoint)
+        return self._page(query, db.checkpoints.c.step, cursor, limit, False, rows.as_checkpoint)
 
     def checkpoint_path(self, job_id: str, step: int) -> Path:
         """The directory of a checkpoint."""
@@ -437,7 +350,7 @@ class Store:
             )
             latest = max(found, default=None)
             if latest is not None and latest > max(known, default=-1):
-                _add_checkpoint(connection, job_id, latest, {"step": latest})
+                rows.add_checkpoint(connection, job_id, latest, {"step": latest})
             connection.execute(
                 db.checkpoints.delete().where(
                     db.checkpoints.c.job_id == job_id, db.checkpoints.c.step.not_in(found)
@@ -459,11 +372,11 @@ class Store:
         trained_tokens: int | None = None,
     ) -> StoredFile:
         """A job has ended: status, results, the end of its history and its adapter, at once."""
-        file = _new_file(job.tenant, f"{job.id}-step-metrics.csv", Purpose.RESULTS, results)
+        file = rows.new_file(job.tenant, f"{job.id}-step-metrics.csv", Purpose.RESULTS, results)
         is_failure = status is StoredStatus.FAILED
         values: dict[str, Any] = {
             "status": status,
-            "finished_at": _now(),
+            "finished_at": rows.now(),
             "result_file": file.id,
             "error_code": error_code,
             "error_message": message if is_failure else None,
@@ -473,14 +386,14 @@ class Store:
             values["trained_tokens"] = trained_tokens
         with self._writing() as connection:
             write_file(self.file_path(file.id), results)
-            connection.execute(db.files.insert().values(**_fields(file)))
+            connection.execute(db.files.insert().values(**rows.fields_of(file)))
             if adapter is not None:
-                connection.execute(db.adapters.insert().values(**_fields(adapter)))
+                connection.execute(db.adapters.insert().values(**rows.fields_of(adapter)))
             level = "error" if is_failure else "info"
-            _add_event(connection, job.id, message, level, "message", None, None)
-            _update_job(connection, job.id, values)
-            connection.execute(db.checkpoints.delete().where(db.checkpoints.c.job_id == job.id))
-        shutil.rmtree(self.job_directory(job.id), ignore_errors=True)
+            rows.add_event(connection, job.id, message, level, "message", None, None)
+            rows.update_job(connection, job.id, values)
+        for path in self._unneeded(job.id, is_final=True):
+            _delete(path)
         return file
 
     def take_adapter(self, job_id: str, source: Path) -> str:
@@ -500,15 +413,15 @@ class Store:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise NotFoundError("model", name)
-        return _adapter(row)
+        return rows.as_adapter(row)
 
     def adapters(self) -> list[StoredAdapter]:
         """All adapters of all tenants, oldest first."""
         with self._engine.connect() as connection:
-            rows = connection.execute(
+            found = connection.execute(
                 sa.select(db.adapters).order_by(db.adapters.c.created_at, db.adapters.c.name)
             ).all()
-        return [_adapter(row) for row in rows]
+        return [rows.as_adapter(row) for row in found]
 
     def adapter_path(self, adapter: StoredAdapter) -> Path:
         """Where an adapter's files lie."""
@@ -522,16 +435,7 @@ class Store:
         """
         adapter = self.adapter(tenant, name)
         with self._writing() as connection:
-            user = connection.execute(
-                sa.select(db.jobs.c.id).where(
-                    db.jobs.c.status.not_in(_FINAL), db.jobs.c.model == name
-                )
-            ).scalar()
-            if user is not None:
-                raise InUseError(
-                    f"model {name} is in use by job {user}, which starts from it; cancel the job, "
-                    "or wait for its end"
-                )
+            rows.check_unused(connection, name)
             connection.execute(db.adapters.delete().where(db.adapters.c.name == name))
         shutil.rmtree(self.adapter_path(adapter), ignore_errors=True)
 
@@ -541,29 +445,43 @@ class Store:
         """Delete whatever has no row; returns what was deleted, relative to the data directory."""
         with self._engine.connect() as connection:
             file_ids = set(connection.execute(sa.select(db.files.c.id)).scalars())
-            running = set(
-                connection.execute(
-                    sa.select(db.jobs.c.id).where(db.jobs.c.status.not_in(_FINAL))
-                ).scalars()
-            )
+            is_final = db.jobs.c.status.in_(FINAL_STATUSES)
+            running = set(connection.execute(sa.select(db.jobs.c.id).where(~is_final)).scalars())
+            ended = set(connection.execute(sa.select(db.jobs.c.id).where(is_final)).scalars())
             kept = set(connection.execute(sa.select(db.adapters.c.directory)).scalars())
         found: list[Path] = []
         found.extend(p for p in (self.directory / "files").iterdir() if p.name not in file_ids)
         for path in (self.directory / "jobs").iterdir():
-            if path.name not in running:
+            if path.name in running or path.name in ended:
+                found.extend(self._unneeded(path.name, is_final=path.name in ended))
+            else:
                 found.append(path)
-            elif path.is_dir():
-                # What was being written has another name until it is whole.
-                found.extend(p for p in path.iterdir() if not _STEP_DIRECTORY.match(p.name))
         for path in (self.directory / "adapters").iterdir():
             if str(path.relative_to(self.directory)) not in kept:
                 found.append(path)
         for path in found:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _delete(path)
         return sorted(str(path.relative_to(self.directory)) for path in found)
+
+    def _unneeded(self, job_id: str, *, is_final: bool) -> list[Path]:
+        """What a job's directory holds besides checkpoints; all of it, if it has none left.
+
+        A job that has ended goes on no more: of its checkpoints the weights are kept, where a row
+        names them.
+        """
+        directory = self.job_directory(job_id)
+        inside = list(directory.iterdir()) if directory.is_dir() else []
+        steps = {p: int(m.group(1)) for p in inside if (m := _STEP_DIRECTORY.match(p.name))}
+        if not is_final:  # What was being written has another name until it is whole.
+            return [path for path in inside if path not in steps]
+        with self._engine.connect() as connection:
+            query = sa.select(db.checkpoints.c.step).where(db.checkpoints.c.job_id == job_id)
+            known = set(connection.execute(query).scalars())
+        kept = [path for path in inside if steps.get(path) in known]
+        if not kept:
+            return [directory] if directory.exists() else []
+        training = [file for path in kept for file in path.glob(_ONLY_TO_GO_ON)]
+        return [path for path in inside if path not in kept] + training
 
     # ---- pieces ----
 
@@ -597,96 +515,12 @@ class Store:
             query = query.where(order > cursor if is_ascending else order < cursor)
         query = query.order_by(order.asc() if is_ascending else order.desc()).limit(limit + 1)
         with self._engine.connect() as connection:
-            rows = connection.execute(query).all()
-        return Page(items=[make(row) for row in rows[:limit]], has_more=len(rows) > limit)
+            found = connection.execute(query).all()
+        return Page(items=[make(row) for row in found[:limit]], has_more=len(found) > limit)
 
 
-def _now() -> int:
-    return int(time.time())
-
-
-def _new_file(tenant: str, filename: str, purpose: Purpose, data: bytes) -> StoredFile:
-    return StoredFile(
-        id=f"file-{uuid.uuid4().hex}",
-        tenant=tenant,
-        filename=filename,
-        purpose=purpose,
-        num_bytes=len(data),
-        created_at=_now(),
-        number=time.time_ns(),
-    )
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__slots__}
-
-
-def _update_job(connection: Connection, job_id: str, values: Mapping[str, Any]) -> None:
-    connection.execute(db.jobs.update().where(db.jobs.c.id == job_id).values(**values))
-
-
-def _add_event(
-    connection: Connection,
-    job_id: str,
-    message: str,
-    level: str,
-    type: str,
-    step: int | None,
-    data: Mapping[str, Any] | None,
-) -> None:
-    connection.execute(
-        db.events.insert().values(
-            job_id=job_id,
-            created_at=_now(),
-            level=level,
-            type=type,
-            message=message,
-            step=step,
-            data=None if data is None else dict(data),
-        )
-    )
-
-
-def _checkpoint_id(job_id: str, ending: str) -> str:
-    return f"ftckpt-{job_id.removeprefix('ftjob-')}{ending}"
-
-
-def _add_checkpoint(
-    connection: Connection, job_id: str, step: int, metrics: Mapping[str, Any]
-) -> None:
-    # A step that is done again after a restart may be there already.
-    connection.execute(
-        db.checkpoints.delete().where(
-            db.checkpoints.c.job_id == job_id, db.checkpoints.c.step == step
-        )
-    )
-    connection.execute(
-        db.checkpoints.insert().values(
-            id=_checkpoint_id(job_id, f"-{step}"),
-            job_id=job_id,
-            step=step,
-            created_at=_now(),
-            metrics=dict(metrics),
-        )
-    )
-
-
-def _file(row: Row[Any]) -> StoredFile:
-    return StoredFile(**row._mapping)
-
-
-def _job(row: Row[Any]) -> StoredJob:
-    fields = dict(row._mapping)
-    return StoredJob(**{**fields, "status": StoredStatus(fields["status"])})
-
-
-def _event(row: Row[Any]) -> StoredEvent:
-    return StoredEvent(**row._mapping)
-
-
-def _checkpoint(row: Row[Any]) -> StoredCheckpoint:
-    return StoredCheckpoint(**row._mapping)
-
-
-def _adapter(row: Row[Any]) -> StoredAdapter:
-    return StoredAdapter(**row._mapping)
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
