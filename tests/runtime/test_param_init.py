@@ -105,3 +105,12 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         SafetensorsWeights(tmp_path).load(["table"], module)
     with pytest.raises(ModelLoadError, match="no safetensors"):
         SafetensorsWeights(tmp_path / "none").load(["table"], module)
+
+
+def test_files_of_another_dtype_are_read_in_the_models(tmp_path: Path) -> None:
+    module = nn.Linear(4, 4)
+    halves = {name: p.detach().to(torch.bfloat16) for name, p in module.named_parameters()}
+    save_file(halves, tmp_path / "model.safetensors")
+    found = SafetensorsWeights(tmp_path).load(names(module), module)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert torch.equal(found["weight"], halves["weight"].float())

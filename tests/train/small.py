@@ -39,6 +39,7 @@ def squared(output: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
 def model(width: int = 8, dropout: float = 0.1, double: bool = False) -> ZooModel:
     """What `--module train.small:model` names."""
     dtype = torch.float64 if double else torch.float32
+    torch.manual_seed(0)
     module = TwoBranches(width, dropout).to(dtype)
     return ZooModel(
         name="two-branches",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +23,12 @@ from weft.engine.finetune import ScheduleName
 from weft.graph.coarsen import coarsen
 from weft.plan.api import plan as make_plan
 from weft.plan.train_plan import PlanError
+from weft.runtime.loopback import LoopbackWorld
 from weft.runtime.stage_executor import NonFiniteLossError
 from weft.train.checkpoint import CheckpointStore, model_tensors
 from weft.train.config import OptimizerName, TrainConfig
 from weft.train.run_dir import read_metrics
-from weft.train.trainer import Trainer
+from weft.train.trainer import Trainer, _check_weights
 
 
 def trainer(run_dir: Path, num_steps: int = 6, *, stages: int = 3, **options: Any) -> Trainer:
@@ -320,6 +323,57 @@ def test_a_resume_with_another_batch_says_what_becomes_of_the_order(
     trainer(tmp_path, num_steps=2, accumulate=2).run()
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "written with 8 samples a step, this run takes 16" in said
+
+
+def test_training_begins_with_the_values_that_the_module_holds(tmp_path: Path) -> None:
+    zoo = model()
+    with torch.no_grad():
+        for p in zoo.module.parameters():
+            p.fill_(0.125)
+    found = Trainer(
+        plan=chain_plan(zoo.trace(), 2),
+        model=zoo,
+        data=data(),
+        config=TrainConfig(num_steps=1, run_dir=tmp_path),
+    )
+    assert all((value == 0.125).all() for value in weights(found).values())
+
+
+def test_ranks_with_different_first_values_are_refused() -> None:
+    class Two(LoopbackWorld):
+        def all_gather_bytes(self, parts: Any) -> list[bytes]:
+            return [parts[0], parts[0].replace(b"1.0", b"2.0")]
+
+    shared = {"head.bias": torch.nn.Parameter(torch.tensor([0.5, 0.5]))}
+    with pytest.raises(ConfigError, match=r"rank 1 begins with other values .*'head.bias'"):
+        _check_weights(Two(2), [SimpleNamespace(parameters=shared)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 0.9}, "momentum is 0.9, which optimizer adamw has no use for"),
+        ({"optimizer": "sgd", "momentum": 1.5}, r"momentum is 1.5; it must be in \[0, 1\)"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0; it must be positive"),
+        ({"device": "tpu"}, "device is 'tpu'; it must be cpu or cuda"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of sgd, adam, adamw"),
+    ],
+)
+def test_settings_that_cannot_be_obeyed_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(num_steps=1, run_dir=tmp_path, **options)
+
+
+def test_validation_without_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="validate_every is 2, but the data holds no validation"):
+        trainer(tmp_path, data=replace(data(), validation=None), validate_every=2)
+
+
+def test_names_of_settings_may_be_text(tmp_path: Path) -> None:
+    config = TrainConfig(num_steps=1, run_dir=tmp_path, optimizer="sgd")  # type: ignore[arg-type]
+    assert config.optimizer is OptimizerName.SGD
 
 
 def test_an_asynchronous_save_holds_the_state_of_its_step(tmp_path: Path) -> None:

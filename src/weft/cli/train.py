@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from weft.base.errors import ConfigError, WeftError
@@ -17,7 +18,7 @@ from weft.cli.profile import parse_options
 from weft.engine.finetune import ScheduleName
 from weft.model.zoo.registry import ZooModel, resolve_model
 from weft.plan.train_plan import PlanError, TrainPlan
-from weft.runtime.param_init import SafetensorsWeights, empty_parameters
+from weft.runtime.param_init import SafetensorsWeights, SeededWeights, empty_parameters
 from weft.runtime.stage_executor import LossScope
 from weft.train.config import OptimizerName, TrainConfig
 from weft.train.data import TrainData
@@ -180,12 +181,16 @@ def _work(
     try:
         _check_world(plan)
         with process_group(config.device, config.timeout_s):
+            # For parameters whose modules cannot initialise themselves.
+            torch.manual_seed(config.seed)
             trainer = Trainer(
                 plan=plan,
                 model=load_model(module, option),
                 data=load_data(data, data_option),
                 config=config,
-                weights=None if weights is None else SafetensorsWeights(weights),
+                weights=SeededWeights(config.seed)
+                if weights is None
+                else SafetensorsWeights(weights),
             )
             if trainer.is_first:
                 trainer.on_step = print_progress()

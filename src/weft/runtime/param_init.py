@@ -106,7 +106,10 @@ class SafetensorsWeights:
         self.path = Path(path)
 
     def load(self, names: Sequence[str], module: nn.Module) -> Mapping[str, Tensor]:
-        """Read just these names; ModelLoadError lists what is missing or has another shape."""
+        """Read just these names, in the model's dtypes.
+
+        ModelLoadError lists what is missing or has another shape.
+        """
         files = self._files()
         aliases = _aliases(module)
         found: dict[str, Tensor] = {}
@@ -124,16 +127,18 @@ class SafetensorsWeights:
                 f"{missing[0]!r}; it holds {len(files)}, first "
                 f"{min(files, default='none')!r}; give weights of this model"
             )
-        shapes = {n: p.shape for n, p in module.named_parameters(remove_duplicate=False)}
+        own = dict(module.named_parameters(remove_duplicate=False))
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as tensors:
                 for name, here in wanted:
-                    found[name] = tensors.get_tensor(here)
-                    if found[name].shape != shapes[name]:
+                    value: Tensor = tensors.get_tensor(here)
+                    if value.shape != own[name].shape:
                         raise ModelLoadError(
                             f"parameter {here!r} in {str(file)!r} has shape "
-                            f"{tuple(found[name].shape)}; the model's is {tuple(shapes[name])}"
+                            f"{tuple(value.shape)}; the model's is {tuple(own[name].shape)}"
                         )
+                    # The model was captured with its own dtype; files often hold bfloat16.
+                    found[name] = value.to(own[name].dtype)
         return found
 
     def _files(self) -> dict[str, Path]:

@@ -64,13 +64,23 @@ class TrainConfig:
     validate_every: int = 0
     """Optimizer steps between passes over the validation data; 0 means at the end."""
     record: bool = False
-    """Keep a timeline of the last `num_recorded` steps."""
-    num_recorded: int = 20
+    """Keep a timeline of the last steps (`weft.runtime.measured.MAX_STEPS`)."""
     device: str = "cpu"
     timeout_s: float = 600.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("optimizer", OptimizerName),
+            ("schedule", ScheduleName),
+            ("loss_scope", LossScope),
+        ):
+            given = getattr(self, name)
+            if given not in list(kind):
+                known = ", ".join(kind)
+                raise ConfigError(f"{name} is {given!r}; it must be one of {known}")
+            # A notebook writes "sgd"; everything below sees the member.
+            object.__setattr__(self, name, kind(given))
         for name, lowest in (
             ("num_steps", 1),
             ("num_warmup_steps", 0),
@@ -78,13 +88,22 @@ class TrainConfig:
             ("checkpoint_every", 0),
             ("keep_checkpoints", 0),
             ("validate_every", 0),
-            ("num_recorded", 1),
         ):
             check_whole(name, getattr(self, name), lowest)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"the learning rate is {self.lr}; it must be a positive number")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum is {self.momentum}; it must be in [0, 1)")
+        if self.momentum and self.optimizer is not OptimizerName.SGD:
+            raise ConfigError(
+                f"momentum is {self.momentum}, which optimizer {self.optimizer.value} has no use "
+                "for; choose optimizer sgd, or leave it out"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm is {self.clip_norm}; it must be positive, or unset")
+        _check_device(self.device)
         if self.autocast is not None and self.autocast not in _DTYPES:
             raise ConfigError(
                 f"autocast is {self.autocast!r}; it must be one of {', '.join(_DTYPES)}, or unset"
@@ -100,6 +119,17 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the run directory."""
         return {**asdict(self), "run_dir": str(self.run_dir)}
+
+
+def _check_device(name: str) -> None:
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; it must be cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {name!r}, but this machine shows torch no CUDA device; use cpu, or a "
+            "build of torch with CUDA and a driver"
+        )
 
 
 def optimizer_factory(config: TrainConfig) -> OptimizerFactory:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from weft.base.errors import ConfigError, ModelLoadError
@@ -25,7 +27,7 @@ from weft.plan.expand import at_operators
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.runtime.dist_transport import DistWorld
 from weft.runtime.loopback import LoopbackWorld
-from weft.runtime.param_init import SeededWeights, WeightSource
+from weft.runtime.param_init import ModuleWeights, SeededWeights, WeightSource
 from weft.runtime.stage_executor import (
     ExecutorConfig,
     OptimizerFactory,
@@ -88,15 +90,15 @@ class Progress(Protocol):
 class Trainer:
     """Trains a model by a plan; every rank of the run makes one.
 
-    `model` must hold real weights or be built with `empty_parameters()`; `weights` (default: its
-    modules' own initialisation, seeded by `config.seed`) gives the first values, independent of the
-    plan. Without `world`, all ranks of the plan run in this process where torch.distributed is not
-    initialised.
+    `weights` gives the first values, independent of the plan: by default those that the module
+    holds, or where it was built with `empty_parameters()` its modules' own initialisation, seeded
+    by `config.seed`. Without `world`, all ranks of the plan run in this process where
+    torch.distributed is not initialised.
 
     Raises:
         PlanError: the plan is of another model, of another number of ranks, or not the same on all.
         ConfigError: the data does not fit the model or is shorter than one step; the run directory
-            cannot be written.
+            cannot be written; ranks hold different first values of a parameter that they share.
         ModelLoadError: the checkpoint to resume from is of another model.
     """
 
@@ -127,6 +129,11 @@ class Trainer:
         self.source = ColumnSource(
             data, self.capture, batch_samples, seed=config.seed, shuffles=config.shuffles
         )
+        if data.validation is None and config.validate_every:
+            raise ConfigError(
+                f"validate_every is {config.validate_every}, but the data holds no validation "
+                "samples; give TrainData(validation=...), or leave it out"
+            )
         self._validation = (
             None
             if data.validation is None
@@ -145,7 +152,7 @@ class Trainer:
             world=self.world,
             source=self.source,
             optimizer=optimizer or optimizer_factory(config),
-            weights=weights or SeededWeights(config.seed),
+            weights=weights if weights is not None else _own_weights(model.module, config.seed),
             config=ExecutorConfig(
                 loss_scope=config.loss_scope,
                 accumulate=config.accumulate,
@@ -167,6 +174,7 @@ class Trainer:
             for rank in self.executor.ranks
         ]
         self.checkpoints = CheckpointStore(self.run_dir.checkpoints, keep=config.keep_checkpoints)
+        _check_weights(self.world, self.executor.ranks)
         self.first_step = self._resume() if resumes else 0
         self.on_step: Progress | None = None
 
@@ -435,6 +443,35 @@ def _check_same(world: World, plan: TrainPlan, config: TrainConfig) -> None:
                 raise PlanError(
                     f"rank {rank} was started with another {what} than rank 0 ({theirs} and "
                     f"{ours}); give every rank the same"
+                )
+
+
+def _own_weights(module: nn.Module, seed: int) -> WeightSource:
+    """The module's values where it has them all, else its modules' own initialisation."""
+    is_empty = any(parameter.is_meta for parameter in module.parameters())
+    return SeededWeights(seed) if is_empty else ModuleWeights()
+
+
+def _check_weights(world: World, ranks: Sequence[RankState]) -> None:
+    """Refuse ranks whose copies of one parameter differ: each rank built the model for itself."""
+    sums = [
+        {
+            name: float(value.detach().sum(dtype=torch.float64))
+            for name, value in rank.parameters.items()
+            if not isinstance(value, DTensor)  # Each rank has a shard of its own.
+        }
+        for rank in ranks
+    ]
+    seen: dict[str, tuple[int, float]] = {}
+    gathered = world.all_gather_bytes([json.dumps(held).encode() for held in sums])
+    for rank, part in enumerate(gathered):
+        for name, total in json.loads(part).items():
+            first, wanted = seen.setdefault(name, (rank, total))
+            if total != wanted and total == total:
+                raise ConfigError(
+                    f"rank {rank} begins with other values of parameter {name!r} than rank "
+                    f"{first}; build the model from one seed on every rank (torch.manual_seed), "
+                    "or pass `weights`"
                 )
 
 
