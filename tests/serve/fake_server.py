@@ -45,6 +45,7 @@ def main(options: dict[str, Any]) -> int:
                 num_threads=1,
                 max_num_seqs=options.get("max_num_seqs"),
                 trace_path=options.get("trace_path"),
+                memory_budget_bytes=options.get("memory_budget_bytes"),
                 finetune=FinetuneConfig(
                     policy=FinetunePolicy(options.get("policy", "finetune-only"))
                 ),

@@ -405,6 +405,11 @@ class CoServing(ContinuousBatching):
             step_time_residual=self.step_time.residual,
         )
 
+    @property
+    def promised_job_bytes(self) -> int:
+        """What jobs hold of the memory budget, or were promised."""
+        return self._jobs.promised_bytes
+
     def snapshot_jobs(self) -> list[JobSnapshot]:
         """Every job that is not ended: what a restarted engine needs to go on."""
         return self._jobs.snapshot()

@@ -109,7 +109,15 @@ class FinetuneMemory:
     """Bytes that jobs may take beside weights and pages, and what each would take."""
 
     budget_bytes: int
+    """Of jobs and served adapters together."""
     job_bytes: Callable[[FinetuneJobSpec], int]
     """Of a job: weights, gradients, optimizer state."""
     sample_bytes: Callable[[FinetuneJobSpec, int], int]
     """Of one sample of so many tokens while it is between forward and backward."""
+    adapter_bytes: Callable[[], int] = lambda: 0
+    """What served adapters hold of the budget at this instant; inference needs them."""
+
+    @property
+    def left_bytes(self) -> int:
+        """What jobs may take at this instant."""
+        return self.budget_bytes - self.adapter_bytes()

@@ -497,9 +497,18 @@ class FinetuneJobs:
         pages = max(self._pages_held(job), self._kv.pages_whole(job.longest))
         return max(1, len(job.active)), pages, job.fixed_bytes + max(held, job.longest_bytes)
 
+    @property
+    def promised_bytes(self) -> int:
+        """Of the memory budget: what started jobs hold or may claim, and enough for each of the
+        others to start once it is alone."""
+        jobs = self._jobs.values()
+        started = sum(self._claims(job)[2] for job in jobs if job.is_started)
+        queued = [job.fixed_bytes + job.longest_bytes for job in jobs if not job.is_started]
+        return max(started, *queued, 0)
+
     def _fits_beside(self, job: Job, slots: int, pages: int, num_bytes: int) -> bool:
         claims = [self._claims(other) for other in self._others(job)]
-        budget = None if self._memory is None else self._memory.budget_bytes
+        budget = None if self._memory is None else self._memory.left_bytes
         return (
             slots + sum(claim[0] for claim in claims) <= self._max_samples
             and pages + sum(claim[1] for claim in claims) <= self._max_pages
@@ -546,13 +555,16 @@ class FinetuneJobs:
             return
         job.fixed_bytes = self._memory.job_bytes(job.spec)
         job.longest_bytes = self._memory.sample_bytes(job.spec, job.longest_trained)
-        need, budget = job.fixed_bytes + job.longest_bytes, self._memory.budget_bytes
+        need, budget = job.fixed_bytes + job.longest_bytes, self._memory.left_bytes
         if need > budget:
+            served = self._memory.budget_bytes - budget
             raise OutOfMemoryError(
                 f"job {job.spec.id} needs {need} bytes ({job.fixed_bytes} for its adapter and "
                 f"optimizer, {job.longest_bytes} for its longest sample of {job.longest_trained} "
-                f"tokens) and jobs may use {budget}: raise the memory budget by {need - budget} "
-                "bytes, or lower the rank or the sample length"
+                f"tokens) and jobs may use {budget}"
+                + (f" beside the {served} of served adapters" if served else "")
+                + f": raise the memory budget by {need - budget} bytes, or lower the rank or the "
+                "sample length"
             )
 
     def check_integrity(self) -> None:

@@ -46,9 +46,11 @@ class AdapterStore:
         self._config = context.config
         self._dtype = context.layout.dtype
         self._device = context.device
-        self._resident_bytes = resident_bytes
+        self.resident_bytes = resident_bytes
+        """Bound of what the device holds."""
         self._host: dict[AdapterRef, AdapterWeights] = {}
         self._residents: OrderedDict[AdapterRef, _Resident] = OrderedDict()
+        self._num_host_bytes = 0
         self._num_resident_bytes = 0
         kernels = choose_grouped(self._dtype, self._device)
         self._table = AdapterTable(self._config.num_layers, kernels) if kernels else None
@@ -63,7 +65,7 @@ class AdapterStore:
     @property
     def size_bytes(self) -> int:
         """Bytes in host memory."""
-        return sum(adapter.size_bytes for adapter in self._host.values())
+        return self._num_host_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -78,7 +80,7 @@ class AdapterStore:
             ConfigError: the version is here already.
         """
         self._check_new(ref)
-        self._host[ref] = read_adapter(path, self._config, dtype=self._dtype)
+        self._keep(ref, read_adapter(path, self._config, dtype=self._dtype))
 
     def put(self, ref: AdapterRef, adapter: AdapterWeights) -> None:
         """Take a version whose weights are at hand; they are copied.
@@ -87,11 +89,13 @@ class AdapterStore:
             ConfigError: the version is here already.
         """
         self._check_new(ref)
-        self._host[ref] = pack(adapter, "cpu")
+        self._keep(ref, pack(adapter, "cpu"))
 
     def unload(self, ref: AdapterRef) -> None:
         """Forget a version, if it is here; batches that name it are refused from here on."""
-        self._host.pop(ref, None)
+        adapter = self._host.pop(ref, None)
+        if adapter is not None:
+            self._num_host_bytes -= adapter.size_bytes
         self._evict(ref)
 
     def bypass(self, batch: Batch) -> BypassStep | None:
@@ -165,7 +169,7 @@ class AdapterStore:
 
     def _make_room(self, size_bytes: int, needed: Sequence[AdapterRef]) -> None:
         for ref in list(self._residents):
-            if self._num_resident_bytes + size_bytes <= self._resident_bytes:
+            if self._num_resident_bytes + size_bytes <= self.resident_bytes:
                 return
             if ref not in needed:
                 self._evict(ref)
@@ -178,6 +182,10 @@ class AdapterStore:
         self._num_resident_bytes -= resident.adapter.size_bytes
         if self._table is not None and resident.slot >= 0:
             self._table.remove(resident.slot)
+
+    def _keep(self, ref: AdapterRef, adapter: AdapterWeights) -> None:
+        self._host[ref] = adapter
+        self._num_host_bytes += adapter.size_bytes
 
     def _check_new(self, ref: AdapterRef) -> None:
         if ref in self._host:

@@ -45,7 +45,8 @@ class EngineConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """How finetuning shares the iterations."""
     memory_budget_bytes: int | None = None
-    """Of everything but the weights: the KV cache is a reserve in it, jobs get the rest."""
+    """Of everything but the weights: the KV cache is a reserve in it, adapters and jobs get the
+    rest."""
     builder: str = RUNTIME_BUILDER
     """`module:function` from an `EngineConfig` to a `BuiltExecutor`, imported in the engine."""
 

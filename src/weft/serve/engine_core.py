@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 from weft.base.clock import Clock, WallClock
-from weft.base.errors import ConfigError, InvalidRequestError, UnsupportedError
+from weft.base.errors import (
+    ConfigError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
 from weft.base.trace import TraceWriter
 from weft.engine.batch import AdapterRef
 from weft.engine.config import PolicyConfig
@@ -48,6 +53,7 @@ class EngineCore:
         built = _find_builder(config.builder)(config)
         self._executor: BatchExecutor = built.executor
         self._host = built.executor if isinstance(built.executor, AdapterHost) else None
+        self._memory = built.finetune_memory
         self._retired: set[AdapterRef] = set()
         """Versions to be unloaded once the last request that names them has ended."""
         try:
@@ -152,9 +158,23 @@ class EngineCore:
         """Read an adapter directory and serve it as a version.
 
         Raises:
+            OutOfMemoryError: it does not fit beside jobs and other adapters; the message says what
+                would do.
             WeftError: it is malformed or of another base, or this engine has no adapters.
         """
+        before = 0 if self._memory is None else self._memory.adapter_bytes()
         self._adapters().load_adapter(ref, path)
+        if self._memory is None:
+            return
+        held, promised = self._memory.adapter_bytes(), self._policy.promised_job_bytes
+        missing = held + promised - self._memory.budget_bytes
+        if missing > 0 and held > before:
+            self._adapters().unload_adapter(ref)
+            raise OutOfMemoryError(
+                f"adapter {ref.id!r} needs {held - before} bytes; beside it other adapters hold "
+                f"{before} and finetuning jobs {promised} of {self._memory.budget_bytes}: raise "
+                f"the memory budget by {missing} bytes, or unload another adapter"
+            )
 
     def unload_adapter(self, ref: AdapterRef) -> None:
         """Take no more requests for a version, and drop it once none uses it."""

@@ -95,6 +95,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         trace: str | PathLike[str] | None = None,
         finetune_config: FinetuneConfig | None = None,
+        memory_budget_bytes: int | None = None,
         builder: str = RUNTIME_BUILDER,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -116,6 +117,7 @@ class LLM:
                 num_threads=num_threads,
                 trace_path=None if trace is None else str(trace),
                 finetune=finetune_config or FinetuneConfig(),
+                memory_budget_bytes=memory_budget_bytes,
                 builder=builder,
             )
         )

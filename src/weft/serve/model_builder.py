@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from weft.base.errors import ConfigError
 from weft.cost.finetune_memory import FinetuneSetting, finetune_bytes
 from weft.cost.shapes import ModelShape, load_shape
 from weft.engine.finetune import BackwardOrder, FinetuneJobSpec, OptimizerName
 from weft.engine.finetune_limits import FinetuneMemory
+from weft.runtime.adapter_store import AdapterStore
 from weft.runtime.build import ExecutorConfig, build_executor
 from weft.runtime.memory import free_memory_bytes
 from weft.serve.engine_config import EngineConfig
@@ -15,6 +20,8 @@ from weft.serve.engine_core import BuiltExecutor
 MAX_FINETUNE_SAMPLES = 8
 """In flight at once, over all jobs; short samples of one step share iterations."""
 _MAX_KNOWN = 4096
+_RESIDENT_SHARE = 0.25
+"""Of what the cache leaves of the budget, for adapters on a device with memory of its own."""
 _FREE_SHARE = 0.5
 """Of the memory that is free once the cache stands: what jobs get where nothing is said."""
 
@@ -60,12 +67,33 @@ def build(config: EngineConfig) -> BuiltExecutor:
             dtype=str(resolved.dtype).removeprefix("torch."),
             qk_norm=built.config.qk_norm,
             budget_bytes=budget_bytes,
+            adapter_bytes=adapter_bytes(built.executor.adapters, resolved.device, budget_bytes),
         ),
     )
 
 
+def adapter_bytes(
+    store: AdapterStore, device: torch.device, budget_bytes: int
+) -> Callable[[], int]:
+    """What adapters hold of a budget at an instant.
+
+    On the CPU that is every adapter. Elsewhere a share of the budget is theirs for good: it bounds
+    what is resident, and the rest stays in host memory, which is not the device's.
+    """
+    if device.type == "cpu":
+        return lambda: store.size_bytes
+    reserve_bytes = int(_RESIDENT_SHARE * budget_bytes)
+    store.resident_bytes = reserve_bytes
+    return lambda: reserve_bytes
+
+
 def finetune_memory(
-    shape: ModelShape, *, dtype: str, qk_norm: bool, budget_bytes: int
+    shape: ModelShape,
+    *,
+    dtype: str,
+    qk_norm: bool,
+    budget_bytes: int,
+    adapter_bytes: Callable[[], int] = lambda: 0,
 ) -> FinetuneMemory:
     """What jobs may take, and what each takes; keys and values are pages of the cache."""
 
@@ -96,4 +124,9 @@ def finetune_memory(
             )
         return known[key]
 
-    return FinetuneMemory(budget_bytes=budget_bytes, job_bytes=job_bytes, sample_bytes=sample_bytes)
+    return FinetuneMemory(
+        budget_bytes=budget_bytes,
+        job_bytes=job_bytes,
+        sample_bytes=sample_bytes,
+        adapter_bytes=adapter_bytes,
+    )
