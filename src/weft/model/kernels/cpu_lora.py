@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,4 +134,5 @@ class CpuGrouped:
 @functools.lru_cache(maxsize=256)
 def _places(parts: tuple[Linear, ...]) -> Tensor:
     """[M, 2] int64: first column and width of each module."""
-    return torch.tensor([(part.begin, part.width) for part in parts], dtype=torch.int64)
+    # Not torch.tensor: it dispatches an operation, which would spoil a recording under way.
+    return torch.from_numpy(np.array([(part.begin, part.width) for part in parts], np.int64))

@@ -126,18 +126,27 @@ def emit_shrink(spec: ShrinkSpec, k: Builder, args_at: Val, thread: Val, num_thr
     """inner [T, M, max_rank] float32 of the rows x [T, K]; arguments `SHRINK_ARGS`."""
     args = _load_args(k, args_at, SHRINK_ARGS, ("x", "slots", "words", "inner"))
 
-    def body(row: Val, index: Val, entry: Val) -> None:
+    def ranks(entry: Val) -> tuple[Val, Val]:
         rank = k.at(entry, Field.RANK, I64)
-        first, last = rank * thread // num_threads, rank * (thread + 1) // num_threads
+        return rank * thread // num_threads, rank * (thread + 1) // num_threads
+
+    def body(row: Val, index: Val, entry: Val, after: Val) -> None:
+        first, last = ranks(entry)
         x = k.offset(args["x"], row * args["ldx"], spec.storage)
         a = k.pointer(k.at(entry, Field.A, I64))
         bias = k.at(entry, Field.DOWN_BIAS, I64)
         inner = (row * args["num_modules"] + index) * args["max_rank"]
         inner_at = k.offset(args["inner"], inner, Storage.FLOAT32)
         scale = k.at(entry, 2 * Field.SCALE, F32)
+        next_a = k.offset(
+            k.pointer(k.at(after, Field.A, I64)), ranks(after)[0] * args["k_size"], spec.storage
+        )
 
         def dots(n: int, start: Val) -> None:
-            for i, total in enumerate(_emit_dots(k, spec, x, a, start, n, args["k_size"])):
+            own = k.offset(a, (start + n) * args["k_size"], spec.storage)
+            ahead = k.select(start + n < last, own, next_a)
+            sums = _emit_dots(k, spec, x, a, start, n, args["k_size"], ahead)
+            for i, total in enumerate(sums):
                 value = k.var(k.sum_lanes(total) * scale)
                 with k.otherwise(bias.equals(0)):
                     value.set(value.get() + k.load(k.pointer(bias), start + i, spec.storage, 1))
@@ -151,9 +160,9 @@ def emit_shrink(spec: ShrinkSpec, k: Builder, args_at: Val, thread: Val, num_thr
 
 
 def _emit_dots(
-    k: Builder, spec: ShrinkSpec, x: Val, a: Val, start: Val, n: int, k_size: Val
+    k: Builder, spec: ShrinkSpec, x: Val, a: Val, start: Val, n: int, k_size: Val, ahead: Val
 ) -> list[Val]:
-    """Accumulators of n neighbouring rows of A against one row of x."""
+    """Accumulators of n neighbouring rows of A against one row of x; fetches `ahead` meanwhile."""
     lanes = k.isa.lanes
     totals = [k.var(k.zeros(lanes)) for _ in range(n)]
     rows = [k.offset(a, (start + i) * k_size, spec.storage) for i in range(n)]
@@ -165,7 +174,8 @@ def _emit_dots(
 
     with k.range(0, k_size, lanes * (2 if spec.use_dot else 1)) as at:
         xv = load(x, at)
-        for total, row in zip(totals, rows, strict=True):
+        for i, (total, row) in enumerate(zip(totals, rows, strict=True)):
+            k.prefetch(ahead, at + i * k_size, spec.storage)
             av = load(row, at)
             kept = total.get()
             total.set(k.bf16_dot(kept, xv, av) if spec.use_dot else k.fma(xv, av, kept))
@@ -180,8 +190,9 @@ def emit_expand(spec: ExpandSpec, k: Builder, args_at: Val, thread: Val, num_thr
     args = _load_args(k, args_at, EXPAND_ARGS, ("out", "slots", "words", "inner", "columns"))
     sums, lanes = k.scratch(F32, _BLOCK), k.isa.lanes
 
-    def body(row: Val, index: Val, entry: Val) -> None:
+    def body(row: Val, index: Val, entry: Val, after: Val) -> None:
         rank = k.at(entry, Field.RANK, I64)
+        next_b = k.pointer(k.at(after, Field.B, I64))
         begin, width = (
             k.at(args["columns"], index * 2, I64),
             k.at(args["columns"], index * 2 + 1, I64),
@@ -198,9 +209,12 @@ def emit_expand(spec: ExpandSpec, k: Builder, args_at: Val, thread: Val, num_thr
             def add(n: int, start: Val) -> None:
                 factors = [k.splat(k.at(inner_at, start + i, F32), lanes) for i in range(n)]
                 rows = [k.offset(b, (start + i) * width, spec.storage) for i in range(n)]
+                own = k.offset(b, (start + n) * width, spec.storage)
+                ahead = k.select(start + n < rank, own, next_b)
                 with k.range(block, stop, lanes) as at:
                     total = k.load(sums, at - block, Storage.FLOAT32, lanes)
-                    for factor, source in zip(factors, rows, strict=True):
+                    for i, (factor, source) in enumerate(zip(factors, rows, strict=True)):
+                        k.prefetch(ahead, at + i * width, spec.storage)
                         total = k.fma(factor, k.load(source, at, spec.storage, lanes), total)
                     k.store(sums, at - block, total, Storage.FLOAT32)
 
@@ -225,7 +239,7 @@ def emit_scale(spec: ScaleSpec, k: Builder, args_at: Val, thread: Val, num_threa
     args = _load_args(k, args_at, SCALE_ARGS, ("data", "slots", "words", "columns"))
     lanes = k.isa.lanes
 
-    def body(row: Val, index: Val, entry: Val) -> None:
+    def body(row: Val, index: Val, entry: Val, _after: Val) -> None:
         begin, width = (
             k.at(args["columns"], index * 2, I64),
             k.at(args["columns"], index * 2 + 1, I64),
@@ -251,13 +265,30 @@ def _load_args(
     return args | {name: k.pointer(args[name]) for name in pointers}
 
 
-def _each_entry(k: Builder, args: dict[str, Val], body: Callable[[Val, Val, Val], None]) -> None:
-    """Emit `body(row, index of the module, pointer to its words)` for rows with an adapter."""
+def _each_entry(
+    k: Builder, args: dict[str, Val], body: Callable[[Val, Val, Val, Val], None]
+) -> None:
+    """Emit `body(row, index of the module, its words, words after)` for rows with an adapter.
+
+    The words after are those of the entry that comes next, so that its weights can be fetched
+    ahead: each lies elsewhere, and is too short for the processor to foresee.
+    """
+    one, zero = k.const(1), k.const(0)
+
+    def words_of(slot: Val, index: Val) -> Val:
+        word = slot * args["slot_words"] + (args["module"] + index) * FIELDS
+        return k.byte_offset(args["words"], word * 8)
+
     with k.range(0, args["num_rows"]) as row:
         slot = k.at(args["slots"], row, I64)
         with k.when(slot >= 0), k.range(0, args["num_modules"]) as index:
-            word = slot * args["slot_words"] + (args["module"] + index) * FIELDS
-            body(row, index, k.byte_offset(args["words"], word * 8))
+            is_last = index + one >= args["num_modules"]
+            next_row = k.minimum(row + one, args["num_rows"] - one)
+            next_slot = k.maximum(k.at(args["slots"], next_row, I64), zero)
+            after = words_of(
+                k.select(is_last, next_slot, slot), k.select(is_last, zero, index + one)
+            )
+            body(row, index, words_of(slot, index), after)
 
 
 def _share(k: Builder, width: Val, thread: Val, num_threads: Val) -> tuple[Val, Val]:
