@@ -155,9 +155,10 @@ def test_kills_of_a_real_executor_leave_the_same_weights(tmp_path: Path) -> None
 
 
 SOAK_ROWS = [f"{i}: " + "the quick brown fox " * (i % 4 + 1) for i in range(6)]
-SOAK_EPOCHS = 400
 SOAK_KILLS = int(os.environ.get("WEFT_SOAK_KILLS", "50"))
 """Of the two runs together; fewer for a quick look."""
+SOAK_EPOCHS = 8 * SOAK_KILLS
+"""Enough that the job outlives all kills."""
 
 
 def _soak_job(client: openai.OpenAI) -> str:

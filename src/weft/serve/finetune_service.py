@@ -422,7 +422,11 @@ class FinetuneService:
     async def _change(self, event: JobChanged) -> None:
         status = StoredStatus(event.status.value)
         job = await self.run(self._store.job, None, event.job_id)
-        if status is StoredStatus.SUCCEEDED:
+        if job.status.is_final:
+            # It was given up while nothing could be written; its history ends now that this can.
+            text = job.error_message or f"Fine-tuning job {job.status}"
+            await self._end(job, job.status, text, code=job.error_code)
+        elif status is StoredStatus.SUCCEEDED:
             await self._succeed(job, event)
         elif status.is_final:
             code = "job_failed" if status is StoredStatus.FAILED else None
@@ -494,6 +498,8 @@ class FinetuneService:
     async def _fail_unkept(self, job_id: str, error: StorageError) -> None:
         """The disk or the database is full: this job ends, the server and its requests do not."""
         logger.error("job %s ends: %s", job_id, error)
+        self._latest.pop(job_id, None)
+        self._finish_at.pop(job_id, None)
         try:
             await self._engine.control_job(job_id, JobAction.CANCEL)
         except WeftError as problem:

@@ -1,0 +1,130 @@
+"""The service between HTTP and engine, where the disk or the database takes no more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weft.base.errors import ConfigError
+from weft.engine.batch import AdapterRef
+from weft.engine.finetune import (
+    FinetuneEvent,
+    FinetuneJobSpec,
+    JobChanged,
+    JobStatus,
+    StepMetrics,
+)
+from weft.model.tokenizer import Tokenizer
+from weft.serve.api_keys import Tenant
+from weft.serve.finetune_bodies import JobBody
+from weft.serve.finetune_service import FinetuneService, FinetuneServiceConfig
+from weft.serve.messages import JobAction
+from weft.serve.records import Purpose, StorageError, StoredJob, StoredStatus
+from weft.serve.served_models import ServedModels
+from weft.serve.store import Store
+
+FULL = "No space left on device"
+TENANT = Tenant(name="t")
+
+
+class Engine:
+    """Takes jobs, and says what a test lets it say."""
+
+    def __init__(self) -> None:
+        self.on_finetune_events: Callable[[list[FinetuneEvent]], None] | None = None
+        self.actions: list[JobAction] = []
+        self.jobs: set[str] = set()
+
+    async def add_job(self, spec: FinetuneJobSpec) -> None:
+        self.jobs.add(spec.id)
+
+    async def control_job(self, job_id: str, action: JobAction) -> None:
+        self.actions.append(action)
+        if job_id not in self.jobs:
+            raise ConfigError(f"job {job_id!r} is not here")
+        self.jobs.discard(job_id)
+        self.say(JobChanged(job_id=job_id, status=JobStatus.CANCELLED))
+
+    async def load_adapter(self, ref: AdapterRef, path: str) -> None: ...
+
+    async def unload_adapter(self, ref: AdapterRef) -> None: ...
+
+    def say(self, *events: FinetuneEvent) -> None:
+        assert self.on_finetune_events is not None
+        self.on_finetune_events(list(events))
+
+
+def step(job_id: str, number: int) -> StepMetrics:
+    return StepMetrics(
+        job_id=job_id,
+        step=number,
+        num_steps=9,
+        epoch=1.0,
+        loss=1.0,
+        lr=0.1,
+        grad_norm=1.0,
+        num_tokens=3,
+        elapsed_s=0.1,
+    )
+
+
+@pytest.mark.parametrize("lasts", [True, False], ids=["for good", "for a moment"])
+def test_what_cannot_be_kept_fails_its_job_alone(
+    lasts: bool, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> list[StoredJob]:
+        engine = Engine()
+        store = Store(tmp_path / "data")
+        models = ServedModels(("base",), engine)
+        service = FinetuneService(
+            store,
+            engine,
+            Tokenizer.from_directory(model_dir),
+            FinetuneServiceConfig(base_names=("base",), max_model_len=64),
+            models,
+        )
+        await service.start()
+        file = await service.run(
+            store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=b'{"text": "abc"}'
+        )
+        body = JobBody(model="base", training_file=file.id)
+        bad, good = [await service.create(TENANT, body) for _ in range(2)]
+        add_step, finish_job = store.add_step, store.finish_job
+        is_full = True
+
+        def refuse(work: Callable[..., Any]) -> Callable[..., Any]:
+            def refused(job: Any, *args: Any, **kwargs: Any) -> Any:
+                if is_full and bad.id in (job, getattr(job, "id", None)):
+                    raise StorageError(FULL)
+                return work(job, *args, **kwargs)
+
+            return refused
+
+        monkeypatch.setattr(store, "add_step", refuse(add_step))
+        monkeypatch.setattr(store, "finish_job", refuse(finish_job))
+        if not lasts:
+            monkeypatch.setattr(store, "finish_job", finish_job)
+        engine.say(step(bad.id, 1), step(good.id, 1))
+        while (await service.job("t", bad.id)).status is not StoredStatus.FAILED:
+            await asyncio.sleep(0.01)
+        engine.say(step(good.id, 2))
+        while (await service.job("t", good.id)).step < 2:
+            await asyncio.sleep(0.01)
+        assert engine.actions[0] is JobAction.CANCEL
+        assert engine.jobs == {good.id}
+        found = [await service.job("t", job.id) for job in (bad, good)]
+        await service.close()
+        return found
+
+    bad, good = asyncio.run(run())
+    assert bad.status is StoredStatus.FAILED
+    assert bad.error_code == "storage_full"
+    assert FULL in (bad.error_message or "")
+    assert bad.finished_at is not None
+    assert (bad.result_file is None) is lasts
+    assert good.status is StoredStatus.QUEUED
+    assert good.step == 2
