@@ -6,7 +6,7 @@ checks every command against it. Losses are a closed form of the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,8 +15,10 @@ from weft.engine.batch import Batch, ExecutorInfo, SegmentKind
 from weft.engine.finetune import (
     CheckpointSaved,
     FinetuneOutcome,
+    FinetuneWork,
     JobFailure,
     JobStart,
+    OptimizerStep,
     SampleStart,
     SegmentLoss,
     StepOutcome,
@@ -77,34 +79,32 @@ class FinetuneChecker:
             assert start.job_id not in self.jobs, "a job starts twice"
             done = int(start.resume_from.rsplit("-", 1)[1]) if start.resume_from else 0
             self.jobs[start.job_id] = JobRecord(start=start, next_step=done)
-        for start in work.sample_starts:
-            self._begin(start)
-        losses = [loss for segment in work.segments for loss in self._row(batch, segment, cells)]
+        held = [record.start.slot for record in self.samples.values()]
+        taken = [start.slot for start in work.sample_starts]
+        assert not set(held) & set(taken), "two samples share a slot"
         rows = [segment.row for segment in work.segments]
         assert rows == list(np.flatnonzero(batch.kinds >= SegmentKind.FT_FORWARD))
-        for key in work.sample_ends:
-            if key[0] in self.jobs and not self.jobs[key[0]].failed:
-                self._end(*key)
+        forward, backward = (
+            [segment for segment in work.segments if batch.kinds[segment.row] == kind]
+            for kind in (SegmentKind.FT_FORWARD, SegmentKind.FT_BACKWARD)
+        )
         steps: list[StepOutcome] = []
-        for step in work.steps:
-            job = self.jobs.get(step.job_id)
-            if job is None or job.failed:
-                continue
-            if self.fails_at.get(step.job_id) == step.step:
-                job.failed = True
-                failures.append(
-                    JobFailure(job_id=step.job_id, message="the loss is NaN", step=step.step)
-                )
-                continue
-            assert step.step == job.next_step, "steps are out of order"
-            assert not any(
-                key[0] == step.job_id and not record.start.is_validation
-                for key, record in self.samples.items()
-            ), "a step is taken while one of its samples is not done"
-            job.next_step += 1
-            self.steps.append((step.job_id, step.step, tuple(sorted(job.grads))))
-            job.grads.clear()
-            steps.append(StepOutcome(job_id=step.job_id, step=step.step, grad_norm=0.5))
+        if work.is_backward_first:
+            old = [key for key in work.sample_ends if key in self.samples]
+            for segment in backward:
+                self._row(batch, segment, cells)
+            self._ends(old)
+            self._steps(work.steps, steps, failures)
+            self._starts(work)
+            losses = [loss for segment in forward for loss in self._row(batch, segment, cells)]
+            self._ends([key for key in work.sample_ends if key not in old])
+        else:
+            self._starts(work)
+            losses = [
+                loss for segment in work.segments for loss in self._row(batch, segment, cells)
+            ]
+            self._ends(work.sample_ends)
+            self._steps(work.steps, steps, failures)
         saves: list[CheckpointSaved] = []
         for save in work.saves:
             job = self.jobs.get(save.job_id)
@@ -134,6 +134,41 @@ class FinetuneChecker:
         return FinetuneOutcome(
             losses=tuple(losses), steps=tuple(steps), saves=tuple(saves), failures=tuple(failures)
         )
+
+    def _starts(self, work: FinetuneWork) -> None:
+        for start in work.sample_starts:
+            self._begin(start)
+
+    def _ends(self, keys: Iterable[tuple[str, int]]) -> None:
+        for key in keys:
+            if key[0] in self.jobs and not self.jobs[key[0]].failed:
+                self._end(*key)
+
+    def _steps(
+        self,
+        wanted: Iterable[OptimizerStep],
+        steps: list[StepOutcome],
+        failures: list[JobFailure],
+    ) -> None:
+        for step in wanted:
+            job = self.jobs.get(step.job_id)
+            if job is None or job.failed:
+                continue
+            if self.fails_at.get(step.job_id) == step.step:
+                job.failed = True
+                failures.append(
+                    JobFailure(job_id=step.job_id, message="the loss is NaN", step=step.step)
+                )
+                continue
+            assert step.step == job.next_step, "steps are out of order"
+            assert not any(
+                key[0] == step.job_id and not record.start.is_validation
+                for key, record in self.samples.items()
+            ), "a step is taken while one of its samples is not done"
+            job.next_step += 1
+            self.steps.append((step.job_id, step.step, tuple(sorted(job.grads))))
+            job.grads.clear()
+            steps.append(StepOutcome(job_id=step.job_id, step=step.step, grad_norm=0.5))
 
     def _begin(self, start: SampleStart) -> None:
         if start.job_id not in self.jobs or self.jobs[start.job_id].failed:

@@ -16,6 +16,7 @@ from weft.engine.config import PolicyConfig
 from weft.engine.coserve import CoServing
 from weft.engine.finetune import BackwardOrder, FinetuneJobSpec, TrainingSample
 from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy, LatencySlo
+from weft.engine.head_room import Unused
 from weft.engine.iteration_shape import ShapeCounter, iteration_shape
 from weft.engine.loop import EngineLoop
 from weft.engine.request import FinishReason, Request
@@ -91,15 +92,25 @@ def workload(
 
 
 class Watched(CoServing):
-    """Keeps every outlook, and what the same iteration would have taken with one granule more."""
+    """Keeps every outlook, what the same iteration would have taken with one granule more, and by
+    how much a token that was in time so far is foreseen to be late."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.outlooks = []
         self.one_more_s = []
+        self.late_s = []
 
-    def _emit_foreseen(self, *args):
-        batch = super()._emit_foreseen(*args)
+    def _emit_foreseen(self, spans, num_decodes, part, now_s, outlook):
+        start_s = max([now_s, *(o.scheduled_s + o.predicted_s for o in self._outlooks)])
+        batch = super()._emit_foreseen(spans, num_decodes, part, now_s, outlook)
+        if batch is not None and self._outlooks[-1].shape.has_finetuning:
+            for span in spans[:num_decodes]:
+                # The mean of a request's gaps, this one included, is at most the objective.
+                gaps = span.sequence.num_output + span.sequence.num_pending - 1
+                due_s = span.sequence.first_token_s + SLO.tpot_s * gaps
+                if start_s <= due_s - SLO.tpot_s:
+                    self.late_s.append(start_s + self._outlooks[-1].upper_s - due_s)
         if batch is not None:
             shape = self._outlooks[-1].shape
             more = replace(
@@ -164,7 +175,7 @@ def serve(
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
-    rate=st.floats(0.5, 40.0),
+    rate=st.floats(1.0, 40.0),
     prompt=st.integers(4, 400),
     output=st.integers(2, 40),
     length=st.integers(2, 700),
@@ -172,11 +183,11 @@ def serve(
     depth=st.integers(1, 2),
     seed=st.integers(0, 5),
 )
-def test_no_iteration_with_finetuning_is_predicted_above_the_objective(
+def test_no_iteration_with_finetuning_is_predicted_to_break_an_objective(
     rate, prompt, output, length, order, depth, seed
 ) -> None:
     config = FinetuneConfig(slo=SLO, max_iteration_s=0.08)
-    requests = workload(rate, 30, prompt, output, seed)
+    requests = workload(rate, 15, prompt, output, seed)
     spec = job(length=length, backward_order=order, batch_size=1 + seed)
     policy, outputs, _ = serve(requests, config, jobs=(spec,), depth=depth)
     shared = [o for o in policy.outlooks if o.shape.has_finetuning]
@@ -185,17 +196,20 @@ def test_no_iteration_with_finetuning_is_predicted_above_the_objective(
         assert outlook.upper_s <= outlook.budget_s + 1e-9
         assert outlook.budget_s <= 0.08
         if outlook.shape.num_decode_rows:
-            assert outlook.upper_s <= SLO.tpot_s + 1e-9
+            # What requests saved may be spent, but answers go on flowing.
+            assert outlook.upper_s <= 2 * SLO.tpot_s + 1e-9
+    assert policy.late_s
+    assert max(policy.late_s) <= 1e-9
     # Requests do not notice: same tokens, none lost.
     alone = serve(requests, replace(config, policy=FinetunePolicy.INFERENCE_ONLY), depth=depth)[1]
     assert outputs == alone
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(rate=st.floats(0.5, 60.0), length=st.integers(2, 700), seed=st.integers(0, 5))
+@given(rate=st.floats(1.0, 60.0), length=st.integers(2, 700), seed=st.integers(0, 5))
 def test_a_job_advances_whenever_a_granule_fits(rate, length, seed) -> None:
     config = FinetuneConfig(slo=SLO, max_iteration_s=0.08, granule_tokens=16)
-    policy, _, _ = serve(workload(rate, 30, seed=seed), config, jobs=(job(length=length),))
+    policy, _, _ = serve(workload(rate, 15, seed=seed), config, jobs=(job(length=length),))
     tight = [
         (outlook, one_more_s)
         for outlook, one_more_s in zip(policy.outlooks, policy.one_more_s, strict=True)
@@ -250,34 +264,44 @@ def test_finetuning_fills_what_a_decode_leaves() -> None:
     requests = workload(1.0, 1, 20, 60)
     config = FinetuneConfig(slo=SLO, max_iteration_s=0.2)
     policy, _, _ = serve(requests, config, jobs=(job(length=500),))
-    # A step ends what a batch can carry: the next samples start behind it.
-    shared = [o for o in policy.outlooks if o.shape.num_decode_rows and not o.shape.num_ft_steps]
-    stretched = [o.actual_s for o in shared[5:-5]]
-    assert np.mean(stretched) >= 0.85 * SLO.tpot_s
-    assert max(stretched) <= SLO.tpot_s
+    shared = [o.actual_s for o in policy.outlooks if o.shape.num_decode_rows]
+    assert 0.97 * SLO.tpot_s <= np.mean(shared) <= SLO.tpot_s
+    assert max(shared) <= 1.2 * SLO.tpot_s  # What one saved, another takes.
+    assert sum(o.shape.num_ft_steps for o in policy.outlooks) > 3
+
+
+def test_what_follows_a_step_joins_its_iteration() -> None:
+    """Else half an iteration's room is lost with every step."""
+    requests = workload(1.0, 1, 20, 60)
+    config = FinetuneConfig(slo=SLO, max_iteration_s=0.2)
+    policy, _, _ = serve(requests, config, jobs=(job(length=100),))
+    stats = policy.finetune_stats()
+    assert stats.num_steps > 10
+    shared = [o for o in policy.outlooks if o.shape.num_decode_rows]
+    # The step's own sample was forward before: part of another is forward in its iteration.
+    assert any(o.shape.num_ft_steps and 0 < o.shape.num_ft_tokens < 100 for o in shared)
+    assert np.mean([o.actual_s for o in shared[5:]]) >= 0.97 * SLO.tpot_s
+    assert stats.unused_head_room_s[Unused.BEHIND_STEP] <= 0.1 * stats.head_room_s
 
 
 def test_long_prompts_do_not_hold_up_running_answers() -> None:
-    arrivals = [0.0, 0.3]
+    steps = Steps(constant=0.04)  # Little is saved before the prompt comes.
     requests = Workload(
         name="w",
-        arrival_s=np.array(arrivals),
+        arrival_s=np.array([0.0, 0.1]),
         num_prompt_tokens=np.array([10, 900]),
         num_output_tokens=np.array([100, 5]),
     )
     paced = FinetuneConfig(slo=SLO, policy=FinetunePolicy.INFERENCE_ONLY)
-    for config, longest in [(paced, 0.05), (replace(paced, paces_prompts=False), 0.06)]:
-        policy, _, waits = serve(requests, config)
+    for config in (paced, replace(paced, paces_prompts=False)):
+        policy, _, waits = serve(requests, config, steps=steps)
         mixed = [
             o for o in policy.outlooks if o.shape.num_decode_rows and o.shape.num_prefill_tokens
         ]
         assert mixed
         slowest = max(o.actual_s for o in mixed)
-        if config.paces_prompts:
-            assert slowest <= longest
-            assert max(waits) <= SLO.ttft_s
-        else:
-            assert slowest > 0.05
+        assert max(waits) <= SLO.ttft_s
+        assert (slowest <= 1.3 * SLO.tpot_s) == config.paces_prompts
 
 
 # ---- prediction ----
@@ -368,7 +392,8 @@ def test_a_wrong_start_is_learnt_away() -> None:
         finetune=CoServed(config=FinetuneConfig(slo=SLO), jobs=(job(),), predictor=wrong),
     )
     late = [i for i in report.iterations[-300:] if i.shape.num_decode_rows]
-    assert max(i.end_s - i.start_s for i in late) <= SLO.tpot_s * 1.1
+    assert max(i.end_s - i.start_s for i in late) <= SLO.tpot_s * 1.2
+    assert np.nanmax(report.requests.tpot_s[-40:]) <= SLO.tpot_s * 1.01
     assert report.finetune_tokens_per_s > 100
 
 

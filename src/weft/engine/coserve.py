@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from weft.base.clock import Clock
@@ -23,13 +24,13 @@ from weft.engine.finetune_limits import (
     FinetuneConfig,
     FinetuneMemory,
     FinetunePolicy,
-    LatencySlo,
 )
 from weft.engine.finetune_part import FinetunePart, Room
+from weft.engine.head_room import HeadRoom, Unused
 from weft.engine.iteration_shape import ShapeCounter, SpanTerms
 from weft.engine.job import JobProgress
 from weft.engine.jobs import FinetuneJobs, JobSnapshot
-from weft.engine.pacing import Pacer, Pending, decode_shape, slo_from, waiting_prompts
+from weft.engine.pacing import Pacer, Pending, decode_shape, promised, waiting_prompts
 from weft.engine.request import SequenceUpdate
 from weft.engine.rooms import CountedRoom, LeastRoom, TimedRoom, WindowRoom
 from weft.engine.sequence import Sequence
@@ -70,6 +71,10 @@ class FinetuneStats:
     """Of the latest iteration whose result is known."""
     step_time_residual: float
     """Share that is kept free above predictions."""
+    head_room_s: float
+    """What the objectives left to finetuning in iterations with inference, summed."""
+    unused_head_room_s: Mapping[Unused, float]
+    """Of that, what nothing was done with, by cause."""
 
 
 class CoServing(ContinuousBatching):
@@ -105,8 +110,7 @@ class CoServing(ContinuousBatching):
             max_pages=self.kv.pool.num_total - longest,
             memory=memory,
         )
-        slo = finetune.slo or (slo_from(step_time) if step_time is not None else LatencySlo())
-        self.slo = slo
+        self.slo = slo = promised(finetune, step_time)
         self.step_time = OnlineStepTime(step_time, num_layers=info.num_layers)
         self._terms = SpanTerms(info)
         self._pacer = Pacer(slo, self.step_time, self._terms)
@@ -118,6 +122,7 @@ class CoServing(ContinuousBatching):
         self._last_apply_s = math.nan
         self._overhead_s = 0.0
         self._share_debt_s = 0.0
+        self._head_room = HeadRoom()
         self._num_forward_tokens = 0
         self._num_backward_token_layers = 0
         self._num_steps = 0
@@ -247,6 +252,14 @@ class CoServing(ContinuousBatching):
         outlook.upper_s = self.step_time.upper_s(shape)
         self._outlooks.append(outlook)
         self._owe_share(outlook)
+        if spans and self._jobs_have_work and math.isfinite(outlook.budget_s):
+            self._head_room.count(
+                budget_s=outlook.budget_s,
+                inference_s=outlook.inference_s,
+                upper_s=outlook.upper_s,
+                has_part=part is not None,
+                ends=part is not None and bool(part.steps) and not part.is_backward_first,
+            )
         if part is not None:
             self._num_forward_tokens += part.num_forward_tokens
             self._num_backward_token_layers += part.num_backward_token_layers
@@ -403,6 +416,8 @@ class CoServing(ContinuousBatching):
             num_steps=self._num_steps,
             latest=self._latest,
             step_time_residual=self.step_time.residual,
+            head_room_s=self._head_room.granted_s,
+            unused_head_room_s=dict(self._head_room.unused_s),
         )
 
     @property

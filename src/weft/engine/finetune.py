@@ -264,7 +264,9 @@ class FinetuneWork:
 
     Order: `job_starts`, `sample_starts`, the batch's rows (forward rows together with inference
     rows, then backward rows in their order), `sample_ends`, `steps`, `saves`, `publishes`,
-    `job_ends`. What is said of an unknown or failed job is skipped.
+    `job_ends`. What is said of an unknown or failed job is skipped. With `is_backward_first` the
+    backward rows and then `steps` come before the forward rows, whose samples may so belong to the
+    next step.
     """
 
     job_starts: tuple[JobStart, ...] = ()
@@ -277,6 +279,7 @@ class FinetuneWork:
     publishes: tuple[PublishAdapter, ...] = ()
     job_ends: tuple[str, ...] = ()
     """Free everything of the job."""
+    is_backward_first: bool = False
 
 
 # ---- what comes back: `StepResult.finetune` ----

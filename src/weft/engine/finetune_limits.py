@@ -59,6 +59,10 @@ class FinetuneConfig:
     slo: LatencySlo | None = None
     """None takes the objectives that follow from the executor's step times, where they are known,
     and else the defaults."""
+    slo_tpot_s: float | None = None
+    """Asked for by name: replaces that of `slo`, or the one that follows from step times."""
+    slo_ttft_s: float | None = None
+    """Likewise, and for prompts of any length."""
     max_iteration_s: float = 0.1
     """Of an iteration with finetuning: what an arrival waits for it at most, as predicted."""
     min_share: float = 0.0
@@ -93,6 +97,10 @@ class FinetuneConfig:
             "backward_window",
         ):
             check_whole(name, getattr(self, name), 1)
+        for name in ("slo_tpot_s", "slo_ttft_s"):
+            value: float | None = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
         for name in ("max_samples", "temporal_iterations"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)

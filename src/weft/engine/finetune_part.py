@@ -25,6 +25,7 @@ from weft.engine.job_plan import PlannedSample
 class ActiveSample:
     """A sample that holds a slot, its pages and its state in the executor."""
 
+    job_id: str
     planned: PlannedSample
     slot: int
     num_bytes: int = 0
@@ -59,8 +60,20 @@ class ActiveSample:
 class Room(Protocol):
     """What an iteration can still carry; each grant takes what it gives."""
 
-    def forward(self, sample: ActiveSample) -> int:
-        """How many of the sample's next tokens go forward; 0 for none."""
+    @property
+    def is_timed(self) -> bool:
+        """Whether it prices rows, so that it is worth while to mix them: forward rows then go
+        beside the backward of other samples, and behind a step."""
+        ...
+
+    def forward(
+        self, sample: ActiveSample, *, row_begin: int | None = None, only_cheap: bool = False
+    ) -> int:
+        """How many of the sample's next tokens go forward; 0 for none.
+
+        A row of the sample that stands in the batch already begins at `row_begin`. `only_cheap`
+        asks for tokens that ride along in what the batch does anyway.
+        """
         ...
 
     def backward(
@@ -108,6 +121,8 @@ class FinetunePart:
     job_ends: list[str] = field(default_factory=lambda: [])
     validated: dict[str, int] = field(default_factory=lambda: {})
     """Jobs whose pass over the validation samples ends here -> steps done before it."""
+    is_backward_first: bool | None = None
+    """As `FinetuneWork.is_backward_first`; None while either order would do."""
     lives: dict[str, int] = field(default_factory=lambda: {})
     """Jobs that have anything in here, and which of their lives it was."""
 
@@ -148,6 +163,7 @@ class FinetunePart:
             saves=tuple(self.saves),
             publishes=tuple(self.publishes),
             job_ends=tuple(self.job_ends),
+            is_backward_first=bool(self.is_backward_first),
         )
 
     def tokens(self) -> np.ndarray:

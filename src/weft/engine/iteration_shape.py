@@ -131,13 +131,25 @@ class SpanTerms:
         return context, pairs
 
     def add_forward(
-        self, shape: IterationShape, begin: int, end: int, num_labels: int
+        self,
+        shape: IterationShape,
+        begin: int,
+        end: int,
+        num_labels: int,
+        *,
+        row_begin: int | None = None,
     ) -> IterationShape:
-        """One more forward row, of the tokens [begin, end) of a sample."""
+        """One more forward row, of the tokens [begin, end) of a sample.
+
+        With `row_begin` below `begin` the row is there already and grows by those tokens.
+        """
         context, pairs = self._span(begin, end)
+        is_new = row_begin is None or row_begin == begin
+        if row_begin is not None and not is_new:
+            context = self._span(row_begin, end)[0] - self._span(row_begin, begin)[0]
         return replace(
             shape,
-            num_ft_rows=shape.num_ft_rows + 1,
+            num_ft_rows=shape.num_ft_rows + is_new,
             num_ft_tokens=shape.num_ft_tokens + end - begin,
             ft_context_tokens=shape.ft_context_tokens + context,
             ft_pairs=shape.ft_pairs + pairs,

@@ -33,6 +33,7 @@ from weft.engine.finetune_limits import FinetuneConfig, FinetuneMemory
 from weft.engine.finetune_part import ActiveSample, BackwardRow, FinetunePart, ForwardRow, Room
 from weft.engine.job import Job, JobPhase, JobProgress
 from weft.engine.kv_cache import KvCache
+from weft.engine.window_log import WindowObserver
 
 _BACKWARD_PRICE = 2.0
 """Of a token through all layers backward; forward costs 1."""
@@ -87,6 +88,8 @@ class FinetuneJobs:
         """Their last rows are in the batch being decided, which still needs their page tables."""
         self._flights: dict[int, FinetunePart] = {}
         self._events: list[FinetuneEvent] = []
+        self.windows: WindowObserver | None = None
+        """Records what jobs are granted, or decides it."""
 
     # ---- jobs in ----
 
@@ -182,6 +185,8 @@ class FinetuneJobs:
 
         Call `emitted` once the batch is laid out.
         """
+        if self.windows is not None:
+            room = self.windows.begin(room)
         part = FinetunePart()
         part.job_ends.extend(sorted(self._ending))
         self._ending.clear()
@@ -193,6 +198,8 @@ class FinetuneJobs:
                 break
             if not self._advance(job, part, room):
                 stuck.add(job.spec.id)
+        if self.windows is not None:
+            self.windows.end(None if part.is_empty else part)
         if part.is_empty:
             return None
         self._flights[batch_id] = part
@@ -242,14 +249,23 @@ class FinetuneJobs:
         if job.phase is JobPhase.FINISH:
             self._finish(job, part)
             return True
-        if any(step.job_id == job.spec.id for step in part.steps):
+        has_stepped = any(step.job_id == job.spec.id for step in part.steps)
+        if has_stepped and (not room.is_timed or part.is_backward_first is False):
             return False  # Samples start before a batch's steps are taken.
-        for sample in job.active:
-            if sample.num_forward_left and self._forward(job, sample, part, room):
+        forward = [sample for sample in job.active if sample.num_forward_left]
+        backward = [sample for sample in job.active if sample.cursor is not None]
+        # Beside a backward pass, forward rows are worth while that ride along in other rows' work.
+        only_cheap = room.is_timed and bool(backward)
+        for sample in forward:
+            if self._forward(job, sample, part, room, only_cheap=only_cheap):
                 return True
-        for sample in job.active:
-            if sample.cursor is not None and self._backward(job, sample, part, room):
+        for sample in backward:
+            if self._backward(job, sample, part, room):
                 return True
+        if only_cheap:
+            for sample in forward:
+                if self._forward(job, sample, part, room):
+                    return True
         if job.waiting:
             return self._enter(job, part)
         if job.active or job.phase is not JobPhase.TRAIN or not room.step():
@@ -269,7 +285,7 @@ class FinetuneJobs:
             return False
         self._free_slots.pop()
         num_bytes = self._sample_bytes(job, num_tokens)
-        job.enter(ActiveSample(planned=planned, slot=slot, num_bytes=num_bytes))
+        job.enter(ActiveSample(job_id=job.spec.id, planned=planned, slot=slot, num_bytes=num_bytes))
         part.lives[job.spec.id] = job.life
         part.sample_starts.append(
             SampleStart(
@@ -286,15 +302,32 @@ class FinetuneJobs:
         )
         return True
 
-    def _forward(self, job: Job, sample: ActiveSample, part: FinetunePart, room: Room) -> bool:
+    def _forward(
+        self,
+        job: Job,
+        sample: ActiveSample,
+        part: FinetunePart,
+        room: Room,
+        *,
+        only_cheap: bool = False,
+    ) -> bool:
         name = job.spec.id
-        if any(row.sample is sample for row in part.forward):
-            return False  # One row a sample: its next tokens see those of this row.
-        count = room.forward(sample)
+        # One row a sample: its next tokens see those of this row.
+        index = next((i for i, row in enumerate(part.forward) if row.sample is sample), None)
+        if index is not None and (only_cheap or not room.is_timed):
+            return False
+        begin = sample.forward_end
+        row_begin = None if index is None else part.forward[index].begin
+        count = room.forward(sample, row_begin=row_begin, only_cheap=only_cheap)
         if count == 0:
             return False
-        begin, end = sample.forward_end, sample.forward_end + count
-        part.forward.append(ForwardRow(job_id=name, sample=sample, begin=begin, end=end))
+        end = begin + count
+        if index is None:
+            part.forward.append(ForwardRow(job_id=name, sample=sample, begin=begin, end=end))
+        else:
+            part.forward[index] = replace(part.forward[index], end=end)
+        if any(step.job_id == name for step in part.steps):
+            part.is_backward_first = True  # It is of the next step.
         part.lives[name] = job.life
         sample.forward_end = end
         job.num_forward_tokens += count
@@ -318,9 +351,14 @@ class FinetuneJobs:
 
     def _backward(self, job: Job, sample: ActiveSample, part: FinetunePart, room: Room) -> bool:
         assert sample.cursor is not None
+        is_fresh = any(row.sample is sample for row in part.forward)
+        if is_fresh and part.is_backward_first:
+            return False
         spans, cursor = room.backward(sample, sample.cursor)
         if not spans:
             return False
+        if is_fresh:
+            part.is_backward_first = False
         name = job.spec.id
         part.backward.extend(BackwardRow(job_id=name, sample=sample, span=span) for span in spans)
         part.lives[name] = job.life

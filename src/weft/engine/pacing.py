@@ -14,12 +14,16 @@ from dataclasses import dataclass, replace
 
 from weft.cost.online_step_time import OnlineStepTime
 from weft.cost.step_time import IterationShape, StepTimeModel
-from weft.engine.finetune_limits import LatencySlo
+from weft.engine.finetune_limits import FinetuneConfig, LatencySlo
 from weft.engine.iteration_shape import SpanTerms
 from weft.engine.sequence import Sequence as EngineSequence
 
 _HORIZON = 32
 """Tokens within which a request that fell behind must have caught up."""
+_SPENT_AT_ONCE = 0.5
+"""Share of what requests saved that one iteration may take."""
+_MOST_SPENT = 2.0
+"""Objectives that an iteration lasts at most, whatever was saved: answers should flow."""
 _MOST_WAITING = 64
 """Of the queue, the first so many are looked at."""
 _USUAL_CONTEXT = 256
@@ -34,6 +38,28 @@ def slo_from(model: StepTimeModel) -> LatencySlo:
     )
     step_s = model.device_s(shape) + model.host_s(shape)
     return LatencySlo(tpot_s=max(_LEAST_TPOT_S, 4 * step_s), ttft_s=_LEAST_TTFT_S)
+
+
+def promised(config: FinetuneConfig, model: StepTimeModel | None) -> LatencySlo:
+    """What requests are promised: what was asked for, else what follows from the step times."""
+    slo = config.slo or (LatencySlo() if model is None else slo_from(model))
+    if config.slo_tpot_s is not None:
+        slo = replace(slo, tpot_s=config.slo_tpot_s)
+    if config.slo_ttft_s is not None:
+        # A number that was asked for holds for long prompts too.
+        slo = replace(slo, ttft_s=config.slo_ttft_s, ttft_prefills=0.0)
+    return slo
+
+
+def prefill_shape(num_tokens: int) -> IterationShape:
+    """One prompt alone, seen by layers without a window."""
+    return IterationShape(
+        num_prefill_rows=1,
+        num_prefill_tokens=num_tokens,
+        num_sampled_rows=1,
+        prefill_context_tokens=float(num_tokens),
+        prefill_pairs=num_tokens * (num_tokens + 1) / 2,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,23 +82,28 @@ class Pacer:
     def decode_s(self, sequences: Iterable[EngineSequence], start_s: float) -> float:
         """Seconds that an iteration with these decodes may take, if it starts at `start_s`.
 
-        Their tokens that are in flight count as delivered by then. A request that cannot make its
-        objective any more, whatever is done, holds nobody up.
+        The objective is a mean over a request, so that what all of them saved in earlier iterations
+        may be spent: half of it at a time, since predictions err and a request may end. Their
+        tokens that are in flight count as delivered by then. A request that cannot make its
+        objective any more, whatever is done, asks for no more than the objective itself.
         """
         tpot_s = self.slo.tpot_s
-        limit = tpot_s
+        limit = _MOST_SPENT * tpot_s
         least_s = None
         for sequence in sequences:
             if math.isnan(sequence.first_token_s):
+                limit = min(limit, tpot_s)
                 continue  # Its first token is in flight: it begins with a clean slate.
             gaps = sequence.num_output + sequence.num_pending - 1
             behind_s = start_s - sequence.first_token_s - tpot_s * gaps
             if behind_s <= 0:
+                limit = min(limit, tpot_s - _SPENT_AT_ONCE * behind_s)
                 continue
             left = max(1, sequence.max_len - len(sequence.tokens) - sequence.num_pending)
             if least_s is None:
                 least_s = self._least_decode_s()
             if behind_s > left * (tpot_s - least_s):
+                limit = min(limit, tpot_s)
                 continue
             limit = min(limit, tpot_s - behind_s / min(left, _HORIZON))
         return limit

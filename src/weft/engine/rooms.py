@@ -10,17 +10,35 @@ from weft.engine.backward_cursor import BackwardCursor, BackwardSpan
 from weft.engine.finetune_part import ActiveSample
 from weft.engine.iteration_shape import SpanTerms
 
+_CHEAP = 0.3
+"""Share of a forward token's usual price up to which one rides along."""
+_FULL = 1024
+"""Tokens with which an iteration is bound by arithmetic."""
+_MOST_GUESSES = 6
 _Backward = tuple[tuple[BackwardSpan, ...], BackwardCursor]
 
 
+class _Untimed:
+    """Rooms that go by counts: rows of one kind follow each other."""
+
+    __slots__ = ()
+
+    @property
+    def is_timed(self) -> bool:
+        """No."""
+        return False
+
+
 @dataclass(kw_only=True, slots=True)
-class LeastRoom:
+class LeastRoom(_Untimed):
     """One piece, as small as can be."""
 
     granule: int
     is_taken: bool = False
 
-    def forward(self, sample: ActiveSample) -> int:
+    def forward(
+        self, sample: ActiveSample, *, row_begin: int | None = None, only_cheap: bool = False
+    ) -> int:
         """A granule."""
         return min(self.granule, sample.num_forward_left) if self._take() else 0
 
@@ -41,7 +59,7 @@ class LeastRoom:
 
 
 @dataclass(kw_only=True, slots=True)
-class CountedRoom:
+class CountedRoom(_Untimed):
     """So many tokens forward, or so many layers of whole samples backward.
 
     An iteration does one or the other. (FlexLLM as shipped: sheet §4.2.)
@@ -50,7 +68,9 @@ class CountedRoom:
     num_tokens: int
     num_layers: int
 
-    def forward(self, sample: ActiveSample) -> int:
+    def forward(
+        self, sample: ActiveSample, *, row_begin: int | None = None, only_cheap: bool = False
+    ) -> int:
         """What is left of the tokens."""
         count = min(self.num_tokens, sample.num_forward_left)
         self.num_tokens -= count
@@ -73,7 +93,7 @@ class CountedRoom:
 
 
 @dataclass(kw_only=True, slots=True)
-class WindowRoom:
+class WindowRoom(_Untimed):
     """Fixed windows, aligned to the sample's start, so that runs repeat bit for bit."""
 
     forward_window: int
@@ -84,7 +104,9 @@ class WindowRoom:
     num_forward: int = 0
     num_backward: int = 0
 
-    def forward(self, sample: ActiveSample) -> int:
+    def forward(
+        self, sample: ActiveSample, *, row_begin: int | None = None, only_cheap: bool = False
+    ) -> int:
         """The whole next window, or nothing."""
         begin, window = sample.forward_end, self.forward_window
         count = min(sample.num_forward_left, window - begin % window)
@@ -107,40 +129,51 @@ class WindowRoom:
 
 
 @dataclass(kw_only=True, slots=True)
-class SampleRoom:
-    """One whole sample, forward and backward, and the step if it is the last of one.
+class StepRoom(_Untimed):
+    """One whole optimizer step of one job, or one of its validation samples.
 
-    (Temporal sharing: FlexLLM sheet §5.2.)
+    (Temporal sharing: FlexLLM sheet §5.2, where a step is one sample.)
     """
 
     max_window: int
     sample: ActiveSample | None = None
+    """Of the job whose turn it is."""
+    has_stepped: bool = False
 
     @property
     def is_done(self) -> bool:
-        """Whether the sample needs no further iteration."""
+        """Whether the turn needs no further iteration."""
         sample = self.sample
-        if sample is None or sample.num_forward_left:
-            return False
-        return sample.planned.is_validation or (sample.cursor is not None and sample.cursor.is_done)
+        if self.has_stepped or sample is None:
+            return self.has_stepped
+        return sample.planned.is_validation and not sample.num_forward_left
 
-    def forward(self, sample: ActiveSample) -> int:
-        """All of the sample that came first."""
-        if self.sample is None:
-            self.sample = sample
-        return min(sample.num_forward_left, self.max_window) if sample is self.sample else 0
+    def forward(
+        self, sample: ActiveSample, *, row_begin: int | None = None, only_cheap: bool = False
+    ) -> int:
+        """All of the samples of the step that came first."""
+        if not self._is_of_turn(sample):
+            return 0
+        return min(sample.num_forward_left, self.max_window)
 
     def backward(self, sample: ActiveSample, cursor: BackwardCursor) -> _Backward:
         """All layers."""
-        if self.sample is None:
-            self.sample = sample
-        if sample is not self.sample:
+        if not self._is_of_turn(sample):
             return (), cursor
         return cursor.take(cursor.num_left)
 
     def step(self) -> bool:
-        """Always."""
-        return True
+        """Once."""
+        was, self.has_stepped = self.has_stepped, True
+        return not was
+
+    def _is_of_turn(self, sample: ActiveSample) -> bool:
+        if self.sample is None:
+            self.sample = sample
+        mine = self.sample
+        if mine.planned.is_validation:
+            return sample is mine
+        return (sample.job_id, sample.planned.step) == (mine.job_id, mine.planned.step)
 
 
 class TimedRoom:
@@ -166,19 +199,55 @@ class TimedRoom:
         self._granule = granule
         self._max_window = max_window
 
-    def forward(self, sample: ActiveSample) -> int:
+    @property
+    def is_timed(self) -> bool:
+        """Yes."""
+        return True
+
+    def forward(
+        self, sample: ActiveSample, *, row_begin: int | None = None, only_cheap: bool = False
+    ) -> int:
         """The longest window that ends in time: whole granules, or all that is left."""
         begin = sample.forward_end
+        row_begin = begin if row_begin is None else row_begin
 
         def shape_of(count: int) -> IterationShape:
             labels = sample.num_labels(begin, begin + count)
-            return self._terms.add_forward(self.shape, begin, begin + count, labels)
+            return self._terms.add_forward(
+                self.shape, begin, begin + count, labels, row_begin=row_begin
+            )
 
-        most = min(sample.num_forward_left, self._max_window)
-        count = self._largest(most, shape_of)
-        if count:
-            self.shape = shape_of(count)
+        most = min(sample.num_forward_left, self._max_window - (begin - row_begin))
+        if only_cheap:
+            most = self._num_cheap(most, shape_of)
+        count, shape = self._largest(most, shape_of)
+        self.shape = shape
         return count
+
+    def _num_cheap(self, most: int, shape_of: Callable[[int], IterationShape]) -> int:
+        """Tokens that cost less than a share of what tokens cost where they fill an iteration.
+
+        An iteration that is bound by reading weights carries some for nothing.
+        """
+        if most <= 0:
+            return 0
+        before_s = self._predict(self.shape)
+        full = replace(self.shape, num_ft_tokens=self.shape.num_ft_tokens + _FULL)
+        fuller = replace(full, num_ft_tokens=full.num_ft_tokens + _FULL)
+        limit_s = _CHEAP * (self._predict(fuller) - self._predict(full)) / _FULL
+
+        def is_cheap(count: int) -> bool:
+            return self._predict(shape_of(count)) - before_s <= limit_s * count
+
+        if is_cheap(most):
+            return most
+        low, high = 0, (most - 1) // self._granule
+        if high and not is_cheap(self._granule):
+            return 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if is_cheap(middle * self._granule) else (low, middle - 1)
+        return low * self._granule
 
     def backward(self, sample: ActiveSample, cursor: BackwardCursor) -> _Backward:
         """The most token-layers that end in time."""
@@ -189,11 +258,11 @@ class TimedRoom:
                 self.shape, [(s.begin, s.end, s.first_layer, s.end_layer) for s in spans]
             )
 
-        count = self._largest(cursor.num_left, shape_of)
-        spans, behind = cursor.take(count, granule=self._granule)
-        if spans:
-            self.shape = shape_of(count)
-        return spans, behind
+        count, shape = self._largest(cursor.num_left, shape_of)
+        if not count:
+            return (), cursor
+        self.shape = shape
+        return cursor.take(count, granule=self._granule)
 
     def step(self) -> bool:
         """Whether it ends in time."""
@@ -206,18 +275,36 @@ class TimedRoom:
     def _fits(self, shape: IterationShape) -> bool:
         return self._predict(shape) <= self.budget_s
 
-    def _largest(self, most: int, shape_of: Callable[[int], IterationShape]) -> int:
-        """The largest count that fits: `most`, or a number of granules; 0 if none does."""
+    def _largest(
+        self, most: int, shape_of: Callable[[int], IterationShape]
+    ) -> tuple[int, IterationShape]:
+        """The largest count that fits, with its shape: `most`, a number of granules, or 0.
+
+        Predictions are pieces of straight lines, so that the count is guessed along a line between
+        one that fits and one that does not; bisection ends what guesses do not.
+        """
         if most <= 0:
-            return 0
-        if self._fits(shape_of(most)):
-            return most
-        low, high = 0, (most - 1) // self._granule
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high)
-                if self._fits(shape_of(middle * self._granule))
-                else (low, middle - 1)
-            )
-        return low * self._granule
+            return 0, self.shape
+        granule, found = self._granule, self.shape
+        shape = shape_of(most)
+        high_s = self._predict(shape)
+        if high_s <= self.budget_s:
+            return most, shape
+        low, high = 0, -(-most // granule)  # Granules: `low` fits, `high` does not.
+        low_s = self._predict(found)
+        if low_s >= self.budget_s:
+            return 0, found
+        num_guesses = 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            if num_guesses < _MOST_GUESSES and high_s > low_s:
+                share = (self.budget_s - low_s) / (high_s - low_s)
+                middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+            num_guesses += 1
+            shape = shape_of(middle * granule)
+            seconds = self._predict(shape)
+            if seconds <= self.budget_s:
+                low, low_s, found = middle, seconds, shape
+            else:
+                high, high_s = middle, seconds
+        return low * granule, found

@@ -1,7 +1,7 @@
-"""Temporal sharing: so many inference iterations, then one whole sample of a job, alone.
+"""Temporal sharing: so many inference iterations, then one whole step of a job, alone.
 
 (FlexLLM sheet §5.2. The rule of the dynamic form was not published: here the number of inference
-iterations is what their spare time under the objective needs to pay for a sample, and none is begun
+iterations is what their spare time under the objective needs to pay for a step, and none is begun
 while a request waits.)
 """
 
@@ -11,7 +11,7 @@ import math
 
 from weft.cost.step_time import IterationShape
 from weft.engine.finetune_limits import FinetuneConfig
-from weft.engine.rooms import SampleRoom
+from weft.engine.rooms import StepRoom
 
 _FIRST_GUESS = 64
 _MOST_ITERATIONS = 512
@@ -24,24 +24,24 @@ class Turns:
     def __init__(self, config: FinetuneConfig, *, tpot_s: float) -> None:
         self._config = config
         self._tpot_s = tpot_s
-        self._room: SampleRoom | None = None
+        self._room: StepRoom | None = None
         self._num_since = 0
-        self._sample_s = math.nan
-        self._sample_so_far_s = 0.0
+        self._step_s = math.nan
+        self._step_so_far_s = 0.0
         self._inference_s = math.nan
 
     def is_jobs_turn(self, *, num_waiting: int, has_requests: bool) -> bool:
-        """Whether a sample is under way, or is due."""
+        """Whether a step is under way, or is due."""
         if self._room is not None or not has_requests:
             return True
         if self._config.temporal_iterations is not None:
             return self._num_since >= self._config.temporal_iterations
         return num_waiting == 0 and self._num_since >= self._dynamic()
 
-    def room(self) -> SampleRoom:
-        """Of the sample that is under way, or of the next."""
+    def room(self) -> StepRoom:
+        """Of the step that is under way, or of the next."""
         if self._room is None:
-            self._room = SampleRoom(max_window=self._config.max_window_tokens)
+            self._room = StepRoom(max_window=self._config.max_window_tokens)
         return self._room
 
     def took_jobs(self, *, is_empty: bool) -> None:
@@ -58,23 +58,23 @@ class Turns:
         """An iteration ended."""
         if not shape.has_finetuning:
             self._inference_s = _smooth(self._inference_s, seconds)
-            if self._sample_so_far_s:
-                self._sample_s = _smooth(self._sample_s, self._sample_so_far_s)
-                self._sample_so_far_s = 0.0
+            if self._step_so_far_s:
+                self._step_s = _smooth(self._step_s, self._step_so_far_s)
+                self._step_so_far_s = 0.0
         elif not shape.num_decode_rows and not shape.num_prefill_rows:
-            self._sample_so_far_s += seconds
+            self._step_so_far_s += seconds
 
     def abandon(self) -> None:
         """Batches in flight have no result."""
         self._room = None
 
     def _dynamic(self) -> int:
-        if math.isnan(self._sample_s) or math.isnan(self._inference_s):
+        if math.isnan(self._step_s) or math.isnan(self._inference_s):
             return _FIRST_GUESS
         spare_s = self._tpot_s - self._inference_s
         if spare_s <= 0:
             return _MOST_ITERATIONS
-        return min(max(1, math.ceil(self._sample_s / spare_s)), _MOST_ITERATIONS)
+        return min(max(1, math.ceil(self._step_s / spare_s)), _MOST_ITERATIONS)
 
 
 def _smooth(mean: float, value: float) -> float:

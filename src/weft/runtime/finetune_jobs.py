@@ -79,7 +79,7 @@ class PendingOutcome:
 
 class FinetuneJobs:
     """All jobs of an executor. Call, for each batch: `begin`, `forward_part`, `take_hidden`,
-    `backward`, `end`; then `collect`."""
+    `backward` (before `forward_part` where the work says so), `end`; then `collect`."""
 
     def __init__(self, context: DeviceContext, *, publish: Publish | None) -> None:
         """`publish` makes a version servable."""
@@ -219,13 +219,15 @@ class FinetuneJobs:
     # ---- backward rows ----
 
     def backward(self, batch: Batch) -> None:
-        """Pass the batch's backward rows, in their order."""
+        """Pass the batch's backward rows, in their order, then take its optimizer steps."""
         for segment, sample in self._rows(batch, SegmentKind.FT_BACKWARD):
             first, end = batch.layers[segment.row].tolist()
             for layer in range(end - 1, first - 1, -1):
                 sample.check_backward(segment, layer)
                 self._layer_backward(batch, segment, sample, layer)
                 sample.went_backward(layer, segment.begin)
+        for step in () if batch.finetune is None else batch.finetune.steps:
+            self._step(step)
 
     def _layer_backward(
         self, batch: Batch, segment: FinetuneSegment, sample: SampleState, layer: int
@@ -255,11 +257,9 @@ class FinetuneJobs:
     # ---- behind the rows ----
 
     def end(self, work: FinetuneWork) -> PendingOutcome:
-        """Sample ends, optimizer steps, checkpoints, publications and job ends, in this order."""
+        """Sample ends, checkpoints, publications and job ends, in this order."""
         for key in work.sample_ends:
             self._samples.pop(key, None)
-        for step in work.steps:
-            self._step(step)
         for save in work.saves:
             self._save(save)
         for publish in work.publishes:

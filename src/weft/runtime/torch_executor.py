@@ -116,8 +116,11 @@ class TorchExecutor:
         check_batch(batch, self._info.num_layers, holds_samples=holds_samples)
         self._slots.apply(batch.freed_slots, batch.starts)
         self._move_pages(batch)
-        if batch.finetune is not None:
-            self._jobs.begin(batch.finetune)
+        work = batch.finetune
+        if work is not None:
+            self._jobs.begin(work)
+            if work.is_backward_first:
+                self._jobs.backward(batch)
         prompt_ranks: tuple[_PromptRanks, ...] = ()
         bypass = self._adapters.bypass(batch)
         logits = self._run_recorded(batch, bypass)
@@ -127,9 +130,10 @@ class TorchExecutor:
             logits = self._last_logits(batch, hidden)
         sampled, logprob_rows = self._sample(batch, logits)
         finetune = None
-        if batch.finetune is not None:
-            self._jobs.backward(batch)
-            finetune = self._jobs.end(batch.finetune)
+        if work is not None:
+            if not work.is_backward_first:
+                self._jobs.backward(batch)
+            finetune = self._jobs.end(work)
         self._pending.append(
             _Pending(
                 batch_id=batch.batch_id,
