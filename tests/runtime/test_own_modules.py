@@ -152,10 +152,9 @@ def test_forward_and_backward_hooks_fire_once_a_micro_batch() -> None:
     assert backward == [(2, 4)] * 4
 
 
-def test_the_users_module_keeps_its_own_weights_and_mode() -> None:
+def test_the_users_module_keeps_its_own_weights() -> None:
     case = towers()
     module = case.model.module
-    module.eval()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     held = {name: id(p) for name, p in module.named_parameters()}
     executor, _ = run(case, plan_by_module(case, BORDERS))
@@ -192,6 +191,14 @@ def test_a_wrapped_submodule_trains_by_its_parts() -> None:
     case = case_of(towers_of, batch_size=BATCH, num_steps=3)
     executor = check(case, plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2), BATCH))
     assert "first._orig_mod.up" in paths(executor)[0]
+
+
+def test_modules_that_write_in_place_run_from_the_exported_graph() -> None:
+    case = towers()
+    case.model.module.other[1] = nn.ReLU(inplace=True)  # pyright: ignore
+    case = case_of(case.model, batch_size=BATCH, num_steps=3)
+    executor = check(case, plan_by_module(case, BORDERS))
+    assert paths(executor)[1] == ["other.0"]
 
 
 class Twice(nn.Module):

@@ -58,7 +58,8 @@ def refuse_random(region: GraphModule, where: str) -> None:
             )
 
 
-def _writes_first(node: Node) -> bool:
+def writes_first(node: Node) -> bool:
+    """Whether an operator writes into its first argument."""
     schema = getattr(node.target, "_schema", None)
     first = schema.arguments[0].alias_info if schema and schema.arguments else None
     return bool(first and first.is_write)
@@ -66,7 +67,7 @@ def _writes_first(node: Node) -> bool:
 
 def functional_form(node: Node) -> Any:
     """The operator that returns what this in-place one writes, or None where it writes nothing."""
-    if not _writes_first(node):
+    if not writes_first(node):
         return None
     packet = getattr(torch.ops.aten, aten_name(node).removesuffix("_"), None)
     overload = getattr(node.target, "_overloadname", "default")
@@ -97,7 +98,7 @@ def without_writes(nodes: Sequence[Node]) -> dict[Node, tuple[Any, Any]]:
 
         mapped = pytree.tree_map_only(Node, now, (node.args, dict(node.kwargs)))
         found[node] = (mapped[0], mapped[1])
-        if node.op == "call_function" and _writes_first(node) and "_assert" not in str(node.target):
+        if node.op == "call_function" and writes_first(node) and "_assert" not in str(node.target):
             written = mapped[0][0]
             if _is_view_of_other(written) or any(
                 _is_view_of_other(user) and any(position[u] > position[node] for u in user.users)

@@ -5,7 +5,8 @@ call the user's nn.Module object, so that forward hooks fire and torch.compile i
 called with cannot be read off the graph, so it is inferred (the tensors that the call's nodes read
 from outside, in the order of their first use) and proved: the module and its nodes are both run on
 meta tensors, and must give the dispatcher the same operators with the same arguments. A module that
-does not (other constants, nested arguments, random numbers) is looked at part by part instead.
+does not (other constants, nested arguments), draws random numbers or writes in place is looked at
+part by part instead.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft.base.errors import UnsupportedError
-from weft.runtime.aten_nodes import draws_random, size_value
+from weft.runtime.aten_nodes import draws_random, size_value, writes_first
 from weft.runtime.stage_program import OwnModule
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ _ROOT = "module"
 """The user's module within the exported program."""
 _MAX_ORDERED = 3
 """Inputs up to which every order of them is tried."""
+_MAX_VERSIONS = 4
+"""Lists of weights that are remembered: two versions, and what evaluation runs with."""
+_Lent = tuple[dict[str, Any], str, dict[str, Any]]
+"""A module's attributes, the name of one, and its value."""
 
 
 class NotTheSameError(UnsupportedError):
@@ -124,6 +129,9 @@ def _own_call(
     inside = [node for node in call.nodes if node in draft.inside]
     if any(draws_random(node) for node in call.nodes):
         raise NotTheSameError(f"module {call.path!r} draws random numbers")
+    if any(node.op == "call_function" and writes_first(node) for node in call.nodes):
+        # What a stage is given is a leaf of its graph, which nobody may write into.
+        raise NotTheSameError(f"module {call.path!r} writes in place")
     returned = set(outside)
     results = [n for n in inside if n in returned or not read_by.get(n, set()) <= nodes]
     inputs: dict[Node, None] = {}
@@ -348,28 +356,52 @@ def _shell(
 class LentWeights:
     """Puts a rank's weights into the user's modules for one call, and the modules' own back.
 
-    So the modules stay as the user gave them, and ranks of one process can share them.
+    So the modules stay as the user gave them, and ranks of one process can share them. A call costs
+    two assignments a module, however many weights it has.
     """
 
     def __init__(self, modules: Sequence[OwnModule]) -> None:
         self._modules = [own.module for own in modules]
-        self._slots: list[tuple[dict[str, Any], str]] = [
-            *((part._parameters, leaf) for own in modules for part, leaf, _ in own.parameters),
-            *((part._buffers, leaf) for own in modules for part, leaf, _ in own.buffers),
+        held = [
+            *((part, "_parameters", leaf) for own in modules for part, leaf, _ in own.parameters),
+            *((part, "_buffers", leaf) for own in modules for part, leaf, _ in own.buffers),
         ]
-        self._before: list[Tensor] = []
+        self._slots: dict[tuple[int, str], tuple[nn.Module, list[tuple[str, int]]]] = {}
+        for number, (part, attribute, leaf) in enumerate(held):
+            slot = self._slots.setdefault((id(part), attribute), (part, []))
+            slot[1].append((leaf, number))
+        self._made: dict[int, tuple[Sequence[Tensor], list[_Lent]]] = {}
+        self._before: list[_Lent] = []
 
-    def lend(self, weights: Sequence[Tensor], *, training: bool) -> None:
-        """Put weights in, in the order of StageProgram.own's parameters, then buffers."""
+    def lend(self, weights: Sequence[Tensor], start: int, *, training: bool) -> None:
+        """Put `weights[start:]` in, in the order of StageProgram's own parameters, then buffers.
+
+        A sequence that is passed again must hold the same tensors as before.
+        """
         for module in self._modules:
             if module.training is not training:
                 module.train(training)
-        self._before = [held[leaf] for held, leaf in self._slots]
-        for (held, leaf), weight in zip(self._slots, weights, strict=True):
-            held[leaf] = weight
+        made = self._made.get(id(weights))
+        if made is None or made[0] is not weights:
+            if len(self._made) >= _MAX_VERSIONS:
+                self._made.clear()
+            made = self._made[id(weights)] = (weights, self._make(weights, start))
+        for state, attribute, mine in made[1]:
+            self._before.append((state, attribute, state[attribute]))
+            state[attribute] = mine
 
     def take_back(self) -> None:
         """Put back what was there."""
-        for (held, leaf), weight in zip(self._slots, self._before, strict=True):
-            held[leaf] = weight
-        self._before = []
+        while self._before:
+            state, attribute, own = self._before.pop()
+            state[attribute] = own
+
+    def _make(self, weights: Sequence[Tensor], start: int) -> list[_Lent]:
+        return [
+            (
+                part.__dict__,
+                attribute,
+                {**part.__dict__[attribute], **{leaf: weights[start + i] for leaf, i in leaves}},
+            )
+            for (_, attribute), (part, leaves) in self._slots.items()
+        ]

@@ -16,7 +16,8 @@ class StageModule(nn.Module):
     """Runs one stage on one micro-batch; `named_parameters` are those of the model that it uses.
 
     `forward(call, inputs)` returns the stage's outputs, then the loss values (see StageProgram).
-    The weights are looked up at every call, so whoever swaps them (FSDP2) is obeyed.
+    The weights are looked up at every call, so whoever swaps them (FSDP2) is obeyed; except where
+    the stage calls the user's own modules, which nobody shards.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class StageModule(nn.Module):
                     owner.register_buffer(leaf, buffers[name])
                 held = owner._parameters if are_parameters else owner._buffers
                 self._weights.append((held, leaf))
+        # Whoever shards a stage must not find the whole tensors kept here.
+        self._held = [held[leaf] for held, leaf in self._weights] if program.own else []
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         """The nested container that holds `name`, made where it is missing, and the last part."""
@@ -73,11 +76,13 @@ class StageModule(nn.Module):
             n = call.num_samples
             sizes = tuple(slope * n + fixed for slope, fixed in self.program.sizes)
             self._sizes[n] = sizes
-        if weights is None:
-            weights = [held[leaf] for held, leaf in self._weights]
         if self._lent is None:
+            if weights is None:
+                weights = [held[leaf] for held, leaf in self._weights]
             return self._run(call, *sizes, *inputs, *weights)
-        self._lent.lend(weights[self._num_direct :], training=call.training)
+        if weights is None:
+            weights = self._held
+        self._lent.lend(weights, self._num_direct, training=call.training)
         try:
             direct = weights[: self._num_direct]
             return self._run(call, *sizes, *inputs, *direct, *self._own)
