@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
 from torch.optim.lr_scheduler import ExponentialLR
 
 from train.small import chain_plan, data, model
@@ -21,12 +24,16 @@ from weft.cluster.presets import load_cluster
 from weft.cost.roofline import RooflineCost
 from weft.engine.finetune import ScheduleName
 from weft.graph.coarsen import coarsen
+from weft.model.zoo.registry import ZooModel
 from weft.plan.api import plan as make_plan
 from weft.plan.train_plan import PlanError
 from weft.runtime.loopback import LoopbackWorld
+from weft.runtime.param_init import SafetensorsWeights
 from weft.runtime.stage_executor import NonFiniteLossError
 from weft.train.checkpoint import CheckpointStore, model_tensors
 from weft.train.config import OptimizerName, TrainConfig
+from weft.train.data import TrainData
+from weft.train.export import export_directory
 from weft.train.run_dir import read_metrics
 from weft.train.trainer import Trainer, _check_weights
 
@@ -374,6 +381,86 @@ def test_validation_without_samples_is_refused(tmp_path: Path) -> None:
 def test_names_of_settings_may_be_text(tmp_path: Path) -> None:
     config = TrainConfig(num_steps=1, run_dir=tmp_path, optimizer="sgd")  # type: ignore[arg-type]
     assert config.optimizer is OptimizerName.SGD
+
+
+class Scaled(nn.Module):
+    """A scale without axes, statistics in a buffer, a layer that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+        self.layer = nn.Linear(4, 3, dtype=torch.float64)
+        self.unused = nn.Linear(2, 2, dtype=torch.float64).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        y = functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return self.layer(y) * self.scale
+
+
+def scaled(run_dir: Path, num_steps: int, mean: float = 0.0, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    module = Scaled()
+    module.norm.running_mean.fill_(mean)  # type: ignore[union-attr]
+    zoo = ZooModel(
+        name="scaled",
+        module=module,
+        example_inputs=(torch.zeros(2, 4, dtype=torch.float64),),
+        targets=(torch.zeros(2, 3, dtype=torch.float64),),
+        loss=functional.mse_loss,
+    )
+    held = data()
+    return Trainer(
+        plan=chain_plan(zoo.trace(), 2),
+        model=zoo,
+        data=TrainData(inputs=(held.leaves[0],), targets=held.targets),
+        config=TrainConfig(num_steps=num_steps, run_dir=run_dir),
+        **options,
+    )
+
+
+def test_a_parameter_without_axes_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = scaled(tmp_path / "whole", 6)
+    whole.run()
+    scaled(tmp_path / "parts", 3).run()
+    resumed = scaled(tmp_path / "parts", 6)
+    assert resumed.first_step == 3
+    resumed.run()
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+def test_an_exported_directory_holds_all_that_belongs_to_the_model(tmp_path: Path) -> None:
+    trained = scaled(tmp_path / "run", 2, mean=3.0)
+    trained.run()
+    out = tmp_path / "out"
+    export_directory(tmp_path / "run" / "checkpoints" / "step-00000002", out, config={})
+    other = Scaled()
+    other.load_state_dict(load_file(out / "model.safetensors"))  # strict: nothing is missing
+    assert torch.equal(other.norm.running_mean, torch.full((4,), 3.0, dtype=torch.float64))  # type: ignore[arg-type]
+    # And back: the buffers come along.
+    again = scaled(tmp_path / "again", 1, weights=SafetensorsWeights(out))
+    for rank in again.executor.ranks:
+        for name, value in rank.buffers.items():
+            assert torch.equal(value, dict(other.named_buffers())[name]), name
+        for name, value in rank.parameters.items():
+            assert torch.equal(value, weights(trained)[name]), name
+    assert any(rank.buffers for rank in again.executor.ranks)
+
+
+def test_a_torn_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
+    trainer(tmp_path, num_steps=8, checkpoint_every=2, keep_checkpoints=0).run()
+    for step in (6, 8):
+        (file,) = (tmp_path / "checkpoints" / f"step-0000000{step}").glob("*.safetensors")
+        file.write_bytes(b"torn")
+    resumed = trainer(tmp_path, num_steps=8, checkpoint_every=1, keep_checkpoints=1)
+    assert resumed.first_step == 4
+    (result,) = resumed.executor.steps(1, first_step=4)
+    resumed.save(result.step + 1, blocking=True)
+    newest = CheckpointStore(tmp_path / "checkpoints").latest()
+    assert newest is not None
+    assert newest.name == "step-00000005"
 
 
 def test_an_asynchronous_save_holds_the_state_of_its_step(tmp_path: Path) -> None:

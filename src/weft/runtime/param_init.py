@@ -141,6 +141,24 @@ class SafetensorsWeights:
                     found[name] = value.to(own[name].dtype)
         return found
 
+    def fill_buffers(self, module: nn.Module) -> None:
+        """Copy the persistent buffers that the files hold into the module's own.
+
+        ModelLoadError where one has another shape; buffers that are not there keep their values.
+        """
+        files, trained = self._files(), dict(module.named_parameters(remove_duplicate=False))
+        buffers = {n: b for n, b in module.state_dict().items() if n not in trained and n in files}
+        for name, buffer in buffers.items():
+            with safe_open(files[name], framework="pt") as tensors:
+                value: Tensor = tensors.get_tensor(name)
+            if value.shape != buffer.shape:
+                raise ModelLoadError(
+                    f"buffer {name!r} in {str(files[name])!r} has shape {tuple(value.shape)}; the "
+                    f"model's is {tuple(buffer.shape)}"
+                )
+            if not buffer.is_meta:
+                buffer.copy_(value)
+
     def _files(self) -> dict[str, Path]:
         """The file of every name."""
         if self.path.is_dir():

@@ -1,10 +1,10 @@
 """Checkpoints: torch.distributed.checkpoint with safetensors storage, scalars in JSON, no pickle.
 
 A checkpoint is a directory `step-NNNNNNNN`: safetensors files that hold `model.<name>`,
-`optimizer.<name>.<key>` and `previous.<name>` (the older weights of PipeDream-2BW), and
-`train.json`. Names are the model's parameter names, so a run may resume under another plan. It is
-written as `step-NNNNNNNN.part` and renamed when all of it is on disk; whatever ends in `.part` is
-nobody's checkpoint.
+`optimizer.<name>.<key>`, `previous.<name>` (the older weights of PipeDream-2BW) and
+`constant.<name>` (what of the module no step changes), and `train.json`. Names are the model's
+parameter names, so a run may resume under another plan. It is written as `step-NNNNNNNN.part` and
+renamed when all of it is on disk; whatever ends in `.part` is nobody's checkpoint.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _log = logging.getLogger("weft.train")
 SCALARS_FILE = "train.json"
 _VERSION = 2
 _PART = ".part"
+_CONSTANT = "constant."
 _PREFIX = "step-"
 
 
@@ -78,11 +79,17 @@ class CheckpointStore:
     # ---- writing ----
 
     def save(
-        self, ranks: Sequence[RankState], state: TrainState, *, blocking: bool = False
+        self,
+        ranks: Sequence[RankState],
+        state: TrainState,
+        *,
+        constants: Mapping[str, Tensor] | None = None,
+        blocking: bool = False,
     ) -> None:
         """Copy all state now; write it while training goes on, unless `blocking`.
 
-        Every rank calls it at the same step. A save that is still under way is waited for first.
+        Every rank calls it at the same step; rank 0 writes `constants`. A save that is still under
+        way is waited for first.
         """
         self.wait()
         final = self.directory / f"{_PREFIX}{state.num_steps:08d}"
@@ -98,6 +105,8 @@ class CheckpointStore:
                 self._group = dist.new_group(backend="gloo")
             dist.barrier(group=self._group)
         tensors = {name: tensor for rank in ranks for name, tensor in owned_tensors(rank)}
+        if is_first and constants is not None:
+            tensors |= {f"{_CONSTANT}{name}": tensor for name, tensor in constants.items()}
         writer = HuggingFaceStorageWriter(str(part), save_distributed=is_distributed)
         options: dict[str, Any] = {"storage_writer": writer, "no_dist": not is_distributed}
         if is_distributed:
@@ -129,11 +138,13 @@ class CheckpointStore:
         if _rank() == 0:
             _write_json(writing.part / SCALARS_FILE, _state_json(writing.state))
             publish_directory(writing.part, writing.final)
-            self._drop_old()
+            self._drop_old(writing.final)
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, newest: Path) -> None:
+        """Keep `newest` and those before it; later ones are torn, or of a run that was given up."""
         if self._keep:
-            for old in self._complete()[: -self._keep]:
+            kept = [path for path in self._complete() if path.name <= newest.name]
+            for old in kept[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
     # ---- reading ----
@@ -180,7 +191,7 @@ def owned_tensors(rank: RankState) -> Iterable[tuple[str, Tensor]]:
     for name, values in _optimizer_state(rank).items():
         if name in rank.owned:
             for key, value in values.items():
-                if isinstance(value, Tensor) and value.dim():
+                if isinstance(value, Tensor) and not _is_scalar(key, value, rank.parameters[name]):
                     yield f"optimizer.{name}.{key}", value
 
 
@@ -193,11 +204,17 @@ def optimizer_scalars(ranks: Sequence[RankState]) -> dict[str, dict[str, float]]
                 key: float(value)
                 for key, value in values.items()
                 if isinstance(value, (int, float))
-                or (isinstance(value, Tensor) and not value.dim())
+                or (isinstance(value, Tensor) and _is_scalar(key, value, rank.parameters[name]))
             }
             if scalars:
                 found[name] = scalars
     return found
+
+
+def _is_scalar(key: str, value: Tensor, parameter: Tensor) -> bool:
+    """Whether a state is a number of its own: a moment of a parameter of no axes is none."""
+    is_moment = not parameter.dim() and key != "step" and value.dtype == parameter.dtype
+    return not value.dim() and not is_moment
 
 
 def _optimizer_state(rank: RankState) -> dict[str, dict[str, Any]]:
@@ -319,15 +336,15 @@ def checkpoint_problem(path: Path) -> str:
 
 
 def model_tensors(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by parameter name."""
+    """The weights of a checkpoint by parameter name, and the buffers that belong to the model."""
     held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     found = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in held.items()
-        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if key.startswith(("model.", _CONSTANT)) and isinstance(entry, TensorStorageMetadata)
     }
     _read_tensors(path, found)
-    return {key.removeprefix("model."): tensor for key, tensor in found.items()}
+    return {key.partition(".")[2]: tensor for key, tensor in found.items()}
 
 
 def _read_tensors(path: Path, into: Mapping[str, Tensor]) -> None:

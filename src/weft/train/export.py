@@ -28,7 +28,7 @@ def export_directory(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write the weights of a checkpoint by name, with `config` as config.json.
+    """Write the weights and buffers of a checkpoint by name, with `config` as config.json.
 
     The names are those of the trained module, so a transformers module gives a directory that
     transformers reads. `files` (a tokenizer's, say) are copied beside; `dtype` converts floating

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -27,7 +27,7 @@ from weft.plan.expand import at_operators
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.runtime.dist_transport import DistWorld
 from weft.runtime.loopback import LoopbackWorld
-from weft.runtime.param_init import ModuleWeights, SeededWeights, WeightSource
+from weft.runtime.param_init import ModuleWeights, SafetensorsWeights, SeededWeights, WeightSource
 from weft.runtime.stage_executor import (
     ExecutorConfig,
     OptimizerFactory,
@@ -145,6 +145,8 @@ class Trainer:
                 what="validation data",
             )
         )
+        if isinstance(weights, SafetensorsWeights):
+            weights.fill_buffers(model.module)
         self.executor = TorchStageExecutor(
             plan=self.plan,
             capture=self.capture,
@@ -169,6 +171,7 @@ class Trainer:
             for rank in self.executor.ranks
             if rank.optimizer is not None
         ]
+        self._constants = _constants(model.module, self.capture)
         self._initial = [
             [] if rank.optimizer is None else initial_values(rank.optimizer)
             for rank in self.executor.ranks
@@ -242,7 +245,7 @@ class Trainer:
             optimizer=gathered["scalars"],
             has_previous=any(rank.previous is not None for rank in ranks),
         )
-        self.checkpoints.save(ranks, state, blocking=blocking)
+        self.checkpoints.save(ranks, state, constants=self._constants, blocking=blocking)
 
     # ---- pieces ----
 
@@ -450,6 +453,21 @@ def _own_weights(module: nn.Module, seed: int) -> WeightSource:
     """The module's values where it has them all, else its modules' own initialisation."""
     is_empty = any(parameter.is_meta for parameter in module.parameters())
     return SeededWeights(seed) if is_empty else ModuleWeights()
+
+
+def _constants(module: nn.Module, capture: Capture) -> dict[str, Tensor]:
+    """What belongs to the model's files though no step changes it.
+
+    These are persistent buffers, and parameters that the forward pass does not use.
+    """
+    trained = {parameter.id for parameter in capture.graph.parameters}
+    return {
+        name: value.detach()
+        for name, value in module.state_dict().items()
+        if capture.canonical.get(name, name) not in trained
+        and isinstance(value, Tensor)
+        and not value.is_meta
+    }
 
 
 def _check_weights(world: World, ranks: Sequence[RankState]) -> None:
