@@ -102,6 +102,22 @@ def test_a_cache_too_small_for_one_sequence_names_the_bytes_that_do(directory: P
         )
 
 
+@pytest.mark.parametrize("cap", [None, 1 << 17])
+def test_a_sample_of_a_job_finds_room_beside_the_longest_request(
+    directory: Path, cap: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cap is not None:
+        monkeypatch.setitem(build._CACHE_CAP_BYTES, "cpu", cap)
+    built = build_executor(
+        ExecutorConfig(model=str(directory), device="cpu", max_num_seqs=1, max_finetune_samples=8)
+    )
+    resolved, layout = built.resolved, built.context.layout
+    assert (resolved.max_model_len < built.config.max_context) == (cap is not None)
+    one = layout.pages_for_sequence(resolved.max_model_len, resolved.max_num_batched_tokens)
+    whole = layout.pages_for_sequence(resolved.max_model_len, resolved.max_model_len)
+    assert built.executor.info.num_pages >= 1 + one + whole
+
+
 def test_a_context_too_long_for_the_memory_at_hand_is_cut_with_a_warning(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

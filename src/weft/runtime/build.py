@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,7 +251,14 @@ def resolve_sizes(
     max_num_batched_tokens = config.max_num_batched_tokens or max(
         _MAX_NUM_BATCHED_TOKENS[device.type], max_num_seqs
     )
-    one = layout.pages_for_sequence(max_model_len, max_num_batched_tokens)
+    num_samples = config.max_finetune_samples
+
+    def pages_of(length: int) -> tuple[int, int]:
+        """Of a request, and of a job's sample, which keeps what lies behind its windows too."""
+        one = layout.pages_for_sequence(length, max_num_batched_tokens)
+        return one, layout.pages_for_sequence(length, length) if num_samples else 0
+
+    one, whole = pages_of(max_model_len)
     if config.kv_cache_memory_bytes is not None:
         num_pages = config.kv_cache_memory_bytes // layout.page_bytes
         most = most_memory_bytes(device)
@@ -263,11 +271,14 @@ def resolve_sizes(
     else:
         free = int(_FREE_SHARE[device.type] * free_memory_bytes(device))
         # More than all slots can fill would only be a larger prefix cache.
-        full_bytes = (1 + max_num_seqs * one) * layout.page_bytes
+        full_bytes = (1 + max_num_seqs * one + num_samples * whole) * layout.page_bytes
         num_pages = min(free, _CACHE_CAP_BYTES[device.type], full_bytes) // layout.page_bytes
-        if config.max_model_len is None and num_pages <= one:
-            max_model_len = _longest(layout, num_pages, max_model_len, max_num_batched_tokens)
-            one = layout.pages_for_sequence(max_model_len, max_num_batched_tokens)
+        # A sample must find room beside the longest request, or no job could ever start.
+        if config.max_model_len is None and num_pages < 1 + one + whole:
+            max_model_len = _longest(
+                lambda n: sum(pages_of(n)), num_pages, max_model_len, layout.page_bytes
+            )
+            one, _ = pages_of(max_model_len)
     if num_pages < 1 + one:
         _refuse_small_cache(config, max_model_len, num_pages, 1 + one, layout)
     return ResolvedConfig(
@@ -281,19 +292,17 @@ def resolve_sizes(
     )
 
 
-def _longest(layout: KvLayout, num_pages: int, context: int, chunk: int) -> int:
+def _longest(pages_of: Callable[[int], int], num_pages: int, context: int, page_bytes: int) -> int:
     """The longest sequence, in whole pages, that fits beside the null page; at least one page."""
     lengths = range(PAGE_TOKENS, context, PAGE_TOKENS)
-    fitting = bisect_right(
-        lengths, num_pages - 1, key=lambda n: layout.pages_for_sequence(n, chunk)
-    )
+    fitting = bisect_right(lengths, num_pages - 1, key=pages_of)
     longest = lengths[max(0, fitting - 1)]
     _log.warning(
         "max_model_len is %d instead of the model's %d: the KV cache has %s; set max_model_len or "
         "kv_cache_memory_bytes to choose",
         longest,
         context,
-        format_bytes(num_pages * layout.page_bytes),
+        format_bytes(num_pages * page_bytes),
     )
     return longest
 
