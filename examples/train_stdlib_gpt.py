@@ -18,6 +18,7 @@ from local_ranks import ADAMW, local_devices, newest_checkpoint, show, weft
 from stdlib_gpt import llama_config, model, prepare
 
 from weft.plan.api import plan as make_plan
+from weft.plan.constraints import FixedStage
 from weft.plan.train_plan import TrainPlan
 from weft.train.export import export_directory
 from weft.train.run_dir import read_metrics
@@ -82,9 +83,12 @@ def train_and_export(arguments: argparse.Namespace, run_dir: Path, scratch: Path
 
 
 def two_stages(batch_size: int, sizes: dict[str, int]) -> TrainPlan:
-    """The planner's chain of two stages; the tied embeddings live on both ends."""
+    """A chain of two stages, half of the layers in each; the tied embeddings live on both ends."""
     with torch.device("meta"):
         graph = model(**sizes).graph()
+    ids = [op.id for op in graph.ops]
+    second = f"model.layers.{sizes['layers'] // 2}."
+    border = next(i for i, op_id in enumerate(ids) if op_id.startswith(second))
     return make_plan(
         graph,
         local_devices(NUM_RANKS),
@@ -92,6 +96,7 @@ def two_stages(batch_size: int, sizes: dict[str, int]) -> TrainPlan:
         method="spp",
         training=ADAMW,
         micro_batches=(max(1, batch_size // 4),),
+        constraints=[FixedStage(ops=tuple(ids[:border]), num_devices=1)],
     )
 
 
