@@ -28,6 +28,7 @@ from weft.plan.train_plan import PlanError, TrainPlan
 from weft.plan.validate import validate_plan
 from weft.runtime.batch_source import SampleSource
 from weft.runtime.executor_config import ExecutorConfig, LossScope
+from weft.runtime.heap import keep_freed_memory
 from weft.runtime.measured import LoopRecord, timeline_of
 from weft.runtime.param_init import ModuleWeights, WeightSource
 from weft.runtime.rank_program import RankPlan, rank_plans
@@ -55,10 +56,12 @@ class NonFiniteLossError(WeftError, ArithmeticError):
 class LossTotals:
     """Loss and weight summed over all ranks, and the gradient's norm before clipping.
 
-    They may still be under way; `resolve` waits for them.
+    They may still be under way; `resolve` waits for them. `gradient_weight` is what the gradients
+    that `norm` is of still have to be divided by, None for the loss's own weight.
     """
 
     step: int
+    gradient_weight: float | None = None
     shared: Tensor | None = None
     handle: Handle | None = None
     loss_sum: float = 0.0
@@ -85,7 +88,8 @@ class LossTotals:
                 f"the loss of step {self.step} has weight {self.weight}; every batch needs "
                 "something to learn from"
             )
-        self.norm = values[2] ** 0.5 / self.weight
+        divisor = self.weight if self.gradient_weight is None else self.gradient_weight
+        self.norm = values[2] ** 0.5 / divisor
         return self
 
 
@@ -153,6 +157,8 @@ class TorchStageExecutor:
         self.schedule = schedule if schedule is not None else generate(plan)
         self.before_step: Callable[[RankState, int], None] | None = None
         self._check()
+        if torch.device(self.config.device).type == "cpu":
+            keep_freed_memory()
         splits_backward = ActionKind.W in self.schedule.kinds
         self.cut = cut_stages(
             capture,
@@ -172,6 +178,14 @@ class TorchStageExecutor:
         groups = gradient_groups(plan, self.cut, capture)
         sums = {g.ranks for g in groups if len(g.ranks) > 1}
         gathers = {tuple(map(plan.used_devices.index, s.devices)) for s in plan.stages if s.dp > 1}
+        # Collectives must start in one order on all ranks; with no other the losses' may be early.
+        self._sums_losses_early = (
+            not sums
+            and not gathers
+            and self.schedule.is_synchronous
+            and self.config.clip_norm is None
+            and torch.device(self.config.device).type == "cpu"
+        )
         world.prepare(sorted(sums | gathers), _channels(plans))
         self._builder = RankBuilder(
             plan=plan,
@@ -196,6 +210,9 @@ class TorchStageExecutor:
                 rank.optimizer = _checked(optimizer(rank.trainable))
             if self.config.record:
                 rank.loop.record = LoopRecord()
+            if not self._has_pair:
+                # A mean's weight is the batch, known before: no pass over the gradients later.
+                rank.loop.loss_scale = 1.0 / self._batch_samples
         self._forward_plans: tuple[RankPlan, ...] = ()
         self._is_open = False
 
@@ -230,7 +247,10 @@ class TorchStageExecutor:
             rank.loop.first_step = first_step
         for index in range(num_steps):
             started_s = time.perf_counter()
-            totals = [LossTotals(step=first_step + index) for _ in self.ranks]
+            totals = [
+                LossTotals(step=first_step + index, gradient_weight=None if self._has_pair else 1.0)
+                for _ in self.ranks
+            ]
             self._is_open = not self.schedule.is_synchronous and index < num_steps - 1
             self.world.drive(
                 [
@@ -240,7 +260,7 @@ class TorchStageExecutor:
             )
             yield StepResult(
                 step=first_step + index,
-                num_samples=self.plan.batch_size * self.config.accumulate,
+                num_samples=self._batch_samples,
                 duration_s=time.perf_counter() - started_s,
                 clips=self.config.clip_norm is not None,
                 totals=totals[0],
@@ -354,14 +374,22 @@ class TorchStageExecutor:
         """One optimizer step of one rank."""
         config, is_synchronous = self.config, self.schedule.is_synchronous
         segment, base = rank.loop.plan.segment(index, num_steps)
+
+        def share_losses() -> None:
+            self._share_totals(rank, rank.loop.take_losses(totals.step), totals)
+
         for flush in range(config.accumulate):
+            is_last_flush = flush == config.accumulate - 1
             yield from rank.loop.run(
                 segment,
                 base=0 if is_synchronous else base,
                 step=first_step + index,
                 flush=flush,
-                is_last_flush=flush == config.accumulate - 1,
+                is_last_flush=is_last_flush,
                 keep_sends=not is_synchronous and index < num_steps - 1,
+                after_forwards=(
+                    share_losses if is_last_flush and self._sums_losses_early else None
+                ),
             )
         rank.loop.current = "the sum of gradients"
         sync = rank.graded_sync
@@ -369,7 +397,8 @@ class TorchStageExecutor:
             for stage in sync.stages:
                 # Those that a REDUCE_GRAD has finished have nothing left to wait for.
                 yield from sync.finish(stage)
-        self._share_totals(rank, rank.loop.take_losses(totals.step), totals)
+        if not self._sums_losses_early:
+            share_losses()
         if is_synchronous or self._has_pair:
             rank.loop.current = "the sum of losses"
             if totals.handle is not None:
@@ -431,7 +460,8 @@ class TorchStageExecutor:
         graded = rank.graded
         sync = rank.graded_sync
         if rank.optimizer is not None:
-            scale = 1.0 / self._weight(totals)
+            # Without a weight of the loss's own the gradients are already divided.
+            scale = 1.0 / totals.weight if self._has_pair else 1.0
             limit = self.config.clip_norm
             if limit is not None:
                 # As torch.nn.utils.clip_grad_norm_ does.
@@ -448,11 +478,10 @@ class TorchStageExecutor:
         if sync is not None:
             sync.clear()
 
-    def _weight(self, totals: LossTotals) -> float:
-        """The global weight; a mean's is the batch, which nobody has to wait for."""
-        if self._has_pair:
-            return totals.weight
-        return float(self.plan.batch_size * self.config.accumulate)
+    @property
+    def _batch_samples(self) -> int:
+        """Samples of an optimizer step."""
+        return self.plan.batch_size * self.config.accumulate
 
 
 def _channels(plans: Sequence[RankPlan]) -> list[tuple[int, int]]:
