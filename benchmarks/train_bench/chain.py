@@ -76,7 +76,7 @@ def _ours(
     capture = model.trace()
     plan = plan_of(
         capture.graph,
-        _parts(capture.graph, borders),
+        parts_of(capture.graph, borders),
         RooflineCost(),
         batch_size=len(ids),
         micro_batch=micro_batch,
@@ -93,7 +93,7 @@ def _ours(
     return run, losses
 
 
-def _parts(graph: Graph, borders: list[int]) -> list[list[int]]:
+def parts_of(graph: Graph, borders: list[int]) -> list[list[int]]:
     """Operators of each stage: whole layers, what precedes the first, what follows the last."""
     stage_of_layer = {
         layer: stage

@@ -25,7 +25,7 @@ from weft.plan.train_plan import TrainPlan
 from weft.runtime.batch_source import TensorSource
 from weft.runtime.dist_transport import DistWorld
 from weft.runtime.executor_config import ExecutorConfig
-from weft.runtime.stage_executor import TorchStageExecutor
+from weft.runtime.stage_executor import OptimizerFactory, TorchStageExecutor
 from weft.runtime.transport import Handle
 
 
@@ -61,8 +61,9 @@ def executor(
     batches: Sequence[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
     *,
     delay_s: float = 0.0,
+    optimizer: OptimizerFactory | None = None,
 ) -> TorchStageExecutor:
-    """This rank's executor; step k takes batch k modulo their number; plain SGD."""
+    """This rank's executor; step k takes batch k modulo their number; plain SGD by default."""
     world = DistWorld(timeout_s=120)
     if delay_s:
         world._transport = DelayedTransport(inner=world._transport, delay_s=delay_s)  # type: ignore
@@ -72,7 +73,7 @@ def executor(
         module=module,
         world=world,
         source=TensorSource(capture, lambda step: batches[step % len(batches)]),
-        optimizer=lambda held: torch.optim.SGD(list(held.values()), lr=1e-3),
+        optimizer=optimizer or (lambda held: torch.optim.SGD(list(held.values()), lr=1e-3)),
         config=ExecutorConfig(),
     )
 

@@ -61,22 +61,15 @@ class Sleeper(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
         self.forward_s, self.backward_s = forward_s, backward_s
 
-    def forward(self, x: Tensor, after: Tensor | None = None) -> Tensor:
-        if after is not None:
-            x = x + 0.0 * after
+    def forward(self, x: Tensor) -> Tensor:
         return sleep(self.linear(x), self.forward_s, self.backward_s)
 
 
 class Branches(nn.Module):
-    """Chains of sleepers beside each other, joined by a sum; one chain is a chain.
+    """Chains of sleepers beside each other, joined by a sum; one chain is a chain."""
 
-    With `sequential` each branch takes 0 times the one before it: a pipeline that runs branches one
-    after the other has such false dependencies, and here they are real messages.
-    """
-
-    def __init__(self, naps: Sequence[Sequence[tuple[float, float]]], sequential: bool) -> None:
+    def __init__(self, naps: Sequence[Sequence[tuple[float, float]]]) -> None:
         super().__init__()
-        self.sequential = sequential
         self.branches = nn.ModuleList(
             nn.ModuleList(Sleeper(*nap) for nap in chain) for chain in naps
         )
@@ -84,17 +77,19 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         ends: list[Tensor] = []
         for branch in self.branches:
-            after = ends[-1] if ends and self.sequential else None
             y = x
-            for position, sleeper in enumerate(cast(nn.ModuleList, branch)):
-                y = sleeper(y, after) if position == 0 else sleeper(y)
+            for sleeper in cast(nn.ModuleList, branch):
+                y = sleeper(y)
             ends.append(y)
         return torch.stack(ends).sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SleepCase:
-    """Branches of naps, each nap (forward, backward) a stage on a rank of its own."""
+    """Branches of naps, each nap (forward, backward) a stage on a rank of its own.
+
+    With `sequential` the stages run as one chain: edges of 0 bytes order branch after branch.
+    """
 
     naps: tuple[tuple[tuple[float, float], ...], ...]
     num_micro_batches: int = 8
@@ -112,7 +107,7 @@ class SleepCase:
     def build(self, link: Link = LOOPBACK) -> tuple[nn.Module, Capture, TrainPlan]:
         """Module, capture and plan."""
         torch.manual_seed(0)
-        module = Branches(self.naps, self.sequential)
+        module = Branches(self.naps)
         capture = trace(
             module, (torch.zeros(2, WIDTH),), loss=lambda y: (y**2).mean(), name="sleepers"
         )
@@ -134,6 +129,7 @@ class SleepCase:
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
             link=link,
+            sequential=self.sequential,
         )
         return module, capture, plan
 
@@ -173,13 +169,19 @@ def plan_of(
     batch_size: int,
     micro_batch: int,
     link: Link = LOOPBACK,
+    sequential: bool = False,
+    training: TrainingSpec = TRAINING,
+    schedule: str = "1f1b",
+    recompute: bool = False,
 ) -> TrainPlan:
     """A plan of these parts (positions of operators), one device each."""
     table = CostTable(
-        graph, local_devices(len(parts), link), cost, training=TRAINING, batch_size=batch_size
+        graph, local_devices(len(parts), link), cost, training=training, batch_size=batch_size
     )
-    choices = [StageChoice(ops=tuple(part), micro_batch=micro_batch) for part in parts]
-    return assemble(table, choices, method="benchmark")
+    choices = [
+        StageChoice(ops=tuple(part), micro_batch=micro_batch, recompute=recompute) for part in parts
+    ]
+    return assemble(table, choices, method="benchmark", sequential=sequential, schedule=schedule)
 
 
 def delayed(link: Link, delay_s: float) -> Link:
