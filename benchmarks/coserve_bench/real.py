@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from bench_models import open_model
 from rows import describe_machine
 
+from coserve_bench.cells import SPATIAL, Objectives, Outcome, outcome
 from coserve_bench.simulated import endless_job
 from weft.base.clock import WallClock
 from weft.cost.fitted_step_time import StepTimeProfile
@@ -103,24 +109,13 @@ class RealServer:
         )
 
 
-def real_server(options: argparse.Namespace) -> RealServer:
-    """Build the model, and measure its profile where `--profile` names none."""
-    torch.set_num_threads(options.threads)
-    options.cache.mkdir(parents=True, exist_ok=True)
-    model = open_model(options.real_model, options.cache.resolve(), options.embedded_model)
-    built = build_executor(
-        ExecutorConfig(
-            model=str(model.path),
-            dtype=options.dtype,
-            device="cpu",
-            max_model_len=min(MAX_MODEL_LEN, model.config["max_position_embeddings"]),
-            max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
-            num_threads=options.threads,
-            max_finetune_samples=2,
-        )
-    )
-    if options.profile is not None:
-        profile = StepTimeProfile.read(options.profile)
+def real_server(
+    options: argparse.Namespace, job: FinetuneJobSpec, profile_path: Path
+) -> RealServer:
+    """Build the model, and measure its profile where that file is not there yet."""
+    built = _built(options)
+    if profile_path.exists():
+        profile = StepTimeProfile.read(profile_path)
     else:
         profile = profile_serving(
             built.executor,
@@ -133,6 +128,82 @@ def real_server(options: argparse.Namespace) -> RealServer:
             dtype=options.dtype,
             device=describe_machine()["processor"],
         )
-        profile.write(options.cache / f"profile-ft-{options.real_model}-{options.dtype}.json")
-    job = endless_job(options.sample_tokens, batch_size=options.batch_size)
+        profile.write(profile_path)
     return RealServer(f"{options.real_model} {options.dtype}", built, profile, job)
+
+
+def _built(options: argparse.Namespace) -> BuiltModel:
+    torch.set_num_threads(options.threads)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    model = open_model(options.real_model, options.cache.resolve(), options.embedded_model)
+    return build_executor(
+        ExecutorConfig(
+            model=str(model.path),
+            dtype=options.dtype,
+            device="cpu",
+            max_model_len=min(MAX_MODEL_LEN, model.config["max_position_embeddings"]),
+            max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
+            num_threads=options.threads,
+            max_finetune_samples=4,
+        )
+    )
+
+
+# ---- spatial sharing: this process serves on one core, another finetunes on the other ----
+
+
+def run_spatial_real(
+    options: argparse.Namespace, job: FinetuneJobSpec, workload: Workload, wanted: Objectives
+) -> Outcome:
+    """Two processes of one thread and one core each, with the same engine and the same job."""
+    cores = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, sys.argv[0], "--finetune-worker", "--core", str(cores[-1])]
+    command += ["--threads", "1", "--real-model", options.real_model, "--dtype", options.dtype]
+    command += ["--jobs", options.jobs[0], "--cache", str(options.cache)]
+    if options.embedded_model is not None:
+        command += ["--embedded-model", str(options.embedded_model)]
+    os.sched_setaffinity(0, {cores[0]})
+    options.threads = 1
+    name = f"profile-ft-{options.real_model} {options.dtype}-1-thread.json"
+    server = real_server(options, job, options.cache / name)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        if worker.stdout.readline().strip() != "ready":
+            raise SystemExit("the process that finetunes did not start")
+        config = FinetuneConfig(policy=FinetunePolicy.INFERENCE_ONLY, slo=wanted.slo)
+        report = server.run(workload, config, has_job=False)
+        worker.stdin.close()
+        tokens_per_s = float(worker.stdout.readline())
+    os.sched_setaffinity(0, set(cores))
+    served = outcome(SPATIAL, report, wanted, server.step_time)
+    return replace(served, finetune_tokens_per_s=tokens_per_s)
+
+
+def finetune_worker(options: argparse.Namespace) -> None:
+    """Finetune alone until stdin is closed; says `ready`, and at the end its tokens per second."""
+    batch_size, _, num_tokens = options.jobs[0].partition("x")
+    built = _built(options)
+    job = endless_job(int(num_tokens), batch_size=int(batch_size))
+    policy = CoServing(
+        PolicyConfig(
+            max_model_len=built.resolved.max_model_len,
+            max_num_batched_tokens=built.resolved.max_num_batched_tokens,
+        ),
+        built.executor.info,
+        WallClock(),
+        finetune=FinetuneConfig(policy=FinetunePolicy.FINETUNE_ONLY),
+    )
+    policy.add_job(job)
+    loop = EngineLoop(policy, built.executor)
+    loop.step()
+    is_over = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
+    print("ready", flush=True)
+    start_s, before = time.perf_counter(), policy.finetune_stats().num_forward_tokens
+    while not is_over.is_set():
+        loop.step()
+    elapsed_s = time.perf_counter() - start_s
+    print((policy.finetune_stats().num_forward_tokens - before) / elapsed_s, flush=True)

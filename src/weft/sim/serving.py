@@ -261,6 +261,7 @@ class _Recorder:
             ),
             iterations=iterations,
             finetune_events=tuple(self.events),
+            finetune_stats=policy.finetune_stats() if isinstance(policy, CoServing) else None,
             inter_token_s=np.array(self._gaps_s, np.float64),
             num_finished=self._num_finished,
             num_preempted=stats.num_preemptions,

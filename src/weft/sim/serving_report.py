@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from weft.base.trace import TraceWriter
 from weft.cost.step_time import IterationShape
+from weft.engine.coserve import FinetuneStats
 from weft.engine.finetune import FinetuneEvent, StepMetrics
 
 Float64 = npt.NDArray[np.float64]
@@ -124,6 +125,8 @@ class ServingReport:
     """Share of admitted prompt tokens that the prefix cache held."""
     finetune_events: tuple[FinetuneEvent, ...] = ()
     """Of the jobs that ran beside, in order."""
+    finetune_stats: FinetuneStats | None = None
+    """What the policy counted at the end; None where it does not finetune."""
 
     @property
     def num_finetune_tokens(self) -> int:
