@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,6 @@ def test_an_adapter_is_trained_served_and_merged(
         found = [output.outputs[0].token_ids for output in answers]
         prompt = llm.get_tokenizer().encode(PROMPT)
     assert found[0] != found[1]
-    reference = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    reference: Any = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     wanted = reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
     assert list(found[0]) == wanted[0, len(prompt) :].tolist()

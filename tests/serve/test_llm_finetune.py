@@ -93,6 +93,12 @@ def test_mistakes_are_refused_at_once(llm: LLM, tmp_path: Path) -> None:
         ("one of token, sample", {"loss_normalization": "x"}),
         ("one of refuse, truncate", {"overlong_samples": "x"}),
         ("num_epochs", {"num_epochs": 0}),
+        ("num_epochs is 1.5; it must be a whole number", {"num_epochs": 1.5}),
+        ("batch_size is '2'", {"batch_size": "2"}),
+        ("checkpoint_every is 0", {"checkpoint_every": 0}),
+        ("seed is -1", {"seed": -1}),
+        ("max_sample_tokens is 0", {"max_sample_tokens": 0}),
+        ("must be one of adamw, sgd", {"optimizer": {"name": "adam"}}),
         ("no module", {"lora": {"target_modules": ("w",)}}),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -105,3 +111,8 @@ def test_mistakes_are_refused_at_once(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in use"):
         llm.finetune(["text"], adapter="name")
     first.wait()
+    with pytest.raises(ConfigError, match="an adapter is served as 'name'"):
+        llm.finetune(["text"], adapter="name")
+    for row in (3, {"text": {1}}, {"text": b"bytes"}):
+        with pytest.raises(InvalidRequestError, match="the data, line 2: it"):
+            llm.finetune(["text", row])  # type: ignore[list-item]

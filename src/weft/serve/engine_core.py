@@ -20,6 +20,7 @@ from weft.engine.coserve import CoServing
 from weft.engine.executor import AdapterHost, BatchExecutor
 from weft.engine.finetune import FinetuneEvent, FinetuneJobSpec
 from weft.engine.finetune_limits import FinetuneMemory
+from weft.engine.job import FIRST_VERSION
 from weft.engine.loop import EngineLoop
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.serve.engine_config import EngineConfig, EngineInfo
@@ -127,10 +128,13 @@ class EngineCore:
         """Queue a finetuning job; its news come from `take_finetune_events`.
 
         Raises:
-            ConfigError: its settings do not fit the model.
+            ConfigError: its settings do not fit the model, or its name is an adapter's.
             OutOfMemoryError: it does not fit the memory; the message says what would do.
             UnsupportedError: this engine does not finetune.
         """
+        # Else it would learn that at its end only.
+        if self.has_adapter(AdapterRef(id=spec.id, version=FIRST_VERSION)):
+            raise ConfigError(f"an adapter is served as {spec.id!r}; name the job otherwise")
         self._policy.add_job(spec)
 
     def control_job(self, job_id: str, action: JobAction) -> None:

@@ -108,8 +108,17 @@ def examples_from(rows: Iterable[Mapping[str, Any] | str]) -> list[Example]:
     Raises:
         InvalidRequestError: a row is malformed; the message names its number.
     """
-    lines = [json.dumps({"text": row} if isinstance(row, str) else dict(row)) for row in rows]
-    return read_examples("\n".join(lines).encode(), what="the data")
+    what = "the data"
+    lines: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        line = _Line(what=what, number=number)
+        if not isinstance(row, str | Mapping):
+            raise line.refusal(f"it is a {type(row).__name__}; a dictionary or a text is needed")
+        try:
+            lines.append(json.dumps({"text": row} if isinstance(row, str) else dict(row)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise line.refusal(f"it cannot be written as JSON ({error})") from None
+    return read_examples("\n".join(lines).encode(), what=what)
 
 
 def encode_examples(

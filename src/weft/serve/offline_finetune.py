@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from weft.base.errors import ConfigError, WeftError
 from weft.engine.batch import AdapterRef
+from weft.engine.config import check_whole
 from weft.engine.finetune import (
     CheckpointSaved,
     FinetuneEvent,
@@ -49,7 +50,7 @@ class FinetuneSettings:
     """How a job in one's own process trains.
 
     Raises:
-        ConfigError: a count is below 1.
+        ConfigError: a count is below 1, or no whole number.
     """
 
     lora: AdapterSpec
@@ -67,6 +68,14 @@ class FinetuneSettings:
     """Where checkpoints (`step-N`) and the finished adapter (`final`) go; None keeps neither."""
     resume_from: str | None = None
     initial_adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "batch_size"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("seed", self.seed, 0)
+        for name in ("checkpoint_every", "max_sample_tokens"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
 
     def spec(
         self,
