@@ -215,3 +215,18 @@ def test_cuts_are_even_and_within_their_limit() -> None:
         sizes = {end - begin for begin, end in cuts}
         assert max(sizes) <= min(384, min(sizes) + 16)
         assert all(size % 16 == 0 for size in sizes)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_tokens", [5, 32, 71, 1600])
+@pytest.mark.parametrize("rank", [1, 8, 16, 37])
+def test_sums_over_tokens(rank: int, num_tokens: int, dtype: torch.dtype) -> None:
+    """The gradient of a weight: any number of rows and tokens, columns of a wider tensor."""
+    left = draw(num_tokens, rank, dtype=dtype, seed=1)
+    right = draw(num_tokens, 150, dtype=dtype, seed=2)[:, 50:]
+    found = cpu_linear.sum_over_rows(left, right)
+    wanted = left.double().t() @ right.double()
+    assert found.dtype is torch.float32
+    # Only what is left over of tokens may be rounded to the narrow dtype.
+    tolerance = TOLERANCE[dtype] if num_tokens % 32 else TOLERANCE[torch.float32]
+    assert float((found - wanted).norm() / wanted.norm()) <= tolerance

@@ -12,12 +12,12 @@ from torch import Tensor
 from weft.model.kernels import cpu_window
 from weft.model.kernels.cpu_team import NativeKernels, native_kernels
 from weft.model.kernels.cpu_window import (
-    HeldTokens,
     can_run,
     token_multiple,
     window_backward,
     window_forward,
 )
+from weft.model.kernels.held_tokens import HeldTokens
 
 pytestmark = pytest.mark.skipif(
     native_kernels() is None, reason="this processor or platform has no native CPU kernels"
@@ -37,13 +37,26 @@ def kernels(lanes: int, has_dot: bool) -> NativeKernels:
     return NativeKernels(full.team, isa)
 
 
+def forward(query: Tensor, seen: HeldTokens) -> Tensor:
+    out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+    window_forward(query, seen, out)
+    return out
+
+
 def held(keys: Tensor, values: Tensor, num_before: int, window: int | None) -> HeldTokens:
-    """Rows of zeros behind the last token, up to a multiple."""
+    """The tokens up to the last query's, from position 7 on; zeros behind, up to a multiple."""
     multiple = token_multiple(keys.dtype, keys.device, keys.shape[2])
     assert multiple is not None
     rest = -keys.shape[1] % multiple
     padded = [torch.nn.functional.pad(x, (0, 0, 0, rest)) for x in (keys, values)]
-    return HeldTokens(keys=padded[0], values=padded[1], num_before=num_before, window=window)
+    return HeldTokens(
+        keys=padded[0],
+        values=padded[1],
+        first=7,
+        begin=7 + num_before,
+        end=7 + keys.shape[1],
+        window=window,
+    )
 
 
 def reference(
@@ -104,7 +117,7 @@ def test_windows_agree_with_autograd(
     seen = held(keys, values, num_before, window)
     assert can_run(query, seen)
     tolerance = TOLERANCE[dtype]
-    assert error(window_forward(query, seen), wanted.detach()) <= tolerance
+    assert error(forward(query, seen), wanted.detach()) <= tolerance
     # Accumulators are longer than what is seen, and what is in them stays.
     before = torch.randn(2, num_kv_heads, num_tokens + 9, head_dim, generator=generator)
     grads = before.clone()
@@ -123,6 +136,6 @@ def test_windows_do_not_change_the_bits() -> None:
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(90, 2, 64, generator=generator)
     keys, values = (torch.randn(2, 90, 64, generator=generator) for _ in range(2))
-    whole = window_forward(query, held(keys, values, 0, None))
-    part = window_forward(query[40:71], held(keys[:, :71], values[:, :71], 40, None))
+    whole = forward(query, held(keys, values, 0, None))
+    part = forward(query[40:71], held(keys[:, :71], values[:, :71], 40, None))
     assert torch.equal(part, whole[40:71])

@@ -52,6 +52,7 @@ CONFIGS: dict[str, Any] = {
         mlp_bias=True,
         rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
     ),
+    "llama-wide-heads": LlamaConfig(**{**COMMON, "head_dim": 32}),
     "llama-yarn": LlamaConfig(**COMMON, rope_parameters=dict(YARN)),
     "mistral-window": MistralConfig(**COMMON, head_dim=6, sliding_window=9),
     "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),

@@ -30,7 +30,9 @@ IA3 = AdapterSpec(
     target_modules=("k_proj", "v_proj", "down_proj"),
     feedforward_modules=("down_proj",),
 )
-FAMILIES = ("llama3-gqa", "mistral-window", "qwen2-mixed-windows", "qwen3")
+FAMILIES = ("llama3-gqa", "mistral-window", "qwen2-mixed-windows", "qwen3", "llama-wide-heads")
+"""The last one's heads and windows are those that the native window attention takes."""
+WINDOWS = {"llama-wide-heads": 37}
 
 
 def labelled_sample(number: int, num_tokens: int) -> Sample:
@@ -96,7 +98,7 @@ def our_step(
     hand = FinetuneHand(make_context(random_model(name), dtype=dtype, num_sequences=60))
     path = write_weights(spec, hand.context, weights, directory / "adapter")
     hand.start(spec, samples=[sample], initial_adapter=path)
-    hand.pass_samples([sample], window=23)
+    hand.pass_samples([sample], window=WINDOWS.get(name, 23))
     hand.step()
     loss = sum(loss.loss_sum for loss in hand.losses) * sample.loss_scale
     return loss, gradients(weights, hand.weights(directory))
@@ -115,7 +117,7 @@ def test_float32_follows_peft(name: str, spec: AdapterSpec, tmp_path: Path) -> N
         assert relative_error(found[key], grad) <= 1e-5, key
 
 
-@pytest.mark.parametrize("name", ["llama3-gqa", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3-gqa", "qwen3", "llama-wide-heads"])
 def test_bfloat16_rounds_no_more_than_peft(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -1,10 +1,10 @@
 """Bytes that a finetuning job takes, known before anything is allocated.
 
 The parts are those that the executor allocates: an adapter with gradients and optimizer state in
-float32 (float64 for a float64 model), the saved tensors of each sample by the pruned reverse graph,
-its keys and values, the gradient at the hidden state, the accumulators of the gradients of keys and
-values, and the temporaries of one window. `ablation` sets the variants of FlexLLM's memory figure
-(arXiv 2402.18789 §8; sheet §2.3) side by side.
+float32 (float64 for a float64 model), its working copy in the model's dtype, the saved tensors of
+each sample by the pruned reverse graph, its keys and values, the gradient at the hidden state, the
+accumulators of the gradients of keys and values, and the temporaries of one window. `ablation` sets
+the variants of FlexLLM's memory figure (arXiv 2402.18789 §8; sheet §2.3) side by side.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class FinetuneBytes:
     """What one job takes on one device, part by part."""
 
     adapter: int
+    """Trained weights; where the model's dtype is narrower, a copy in it beside the masters."""
     gradients: int
     optimizer: int
     activations: int
@@ -140,7 +141,7 @@ def finetune_bytes(
     live = reading if setting.is_window_major else min(1, reading)
     paged = -(-setting.seq_len // setting.page_tokens) * setting.page_tokens
     return FinetuneBytes(
-        adapter=num_params * master,
+        adapter=num_params * (master if element == master else master + element),
         gradients=num_params * master,
         optimizer=num_params * master * setting.optimizer_values,
         activations=-(-saved_bits * tokens // 8),

@@ -29,6 +29,8 @@ class ChunkRow:
     """Cached tokens that the row's first token sees, itself included."""
     context: int
     """Cached tokens that the row's last token sees, itself included."""
+    is_training: bool = False
+    """A window of a sample in training: kernels may take it apart from the others."""
 
 
 @dataclass(kw_only=True, slots=True)

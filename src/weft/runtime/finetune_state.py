@@ -20,7 +20,7 @@ from weft.model.adapters.weights import (
 from weft.model.finetune.attention import KvGrads
 from weft.model.finetune.dropout import DropoutKey
 from weft.model.finetune.layer_backward import wants_kv_grads
-from weft.model.finetune.layer_tensors import WindowPlace
+from weft.model.finetune.layer_tensors import LayerPlan, WindowPlace
 from weft.model.finetune.optimizer import make_optimizer
 from weft.model.finetune.parameters import TrainedWeights
 from weft.model.finetune.plan import plan_layers
@@ -84,6 +84,8 @@ class SampleState:
         self._rope = context.decoder.rope
         self._kv_shape = (context.layout.num_kv_heads, self.num_tokens, context.layout.head_dim)
         self._kv_grads: list[KvGrads | None] = [None] * context.config.num_layers
+        self._spare_kv_grads: KvGrads | None = None
+        """A finished layer's, for the next one: fresh memory costs a page fault every 4 KiB."""
         self._done_from = [self.num_tokens] * context.config.num_layers
         self._labelled = np.flatnonzero(start.label_weights[1:])
         """Positions whose successor is a label that counts."""
@@ -124,13 +126,23 @@ class SampleState:
         """The accumulators of a layer, zero when first asked for."""
         found = self._kv_grads[layer]
         if found is None:
-            wide = wide_dtype(self._dtype)
-            keys, values = (
-                torch.zeros(self._kv_shape, dtype=wide, device=self._device) if wants else None
-                for wants in wants_kv_grads(self.job.plans[layer])
-            )
-            found = self._kv_grads[layer] = KvGrads(keys=keys, values=values)
+            found = self._kv_grads[layer] = self._fresh_kv_grads(self.job.plans[layer])
         return found
+
+    def _fresh_kv_grads(self, plan: LayerPlan) -> KvGrads:
+        spare, self._spare_kv_grads = self._spare_kv_grads, None
+        before = (None, None) if spare is None else (spare.keys, spare.values)
+        parts: list[Tensor | None] = []
+        for room, wants in zip(before, wants_kv_grads(plan), strict=True):
+            if not wants:
+                parts.append(None)
+            elif room is not None:
+                parts.append(room.zero_())
+            else:
+                wide = wide_dtype(self._dtype)
+                parts.append(torch.zeros(self._kv_shape, dtype=wide, device=self._device))
+        keys, values = parts
+        return KvGrads(keys=keys, values=values)
 
     def went_forward(self, segment: FinetuneSegment) -> None:
         """Count a forward window.
@@ -171,13 +183,16 @@ class SampleState:
         self._done_from[layer] = begin
         self.saved.release(layer, begin)
         if begin == 0:
+            # The lowest layer has no next; in window-major order all layers have theirs by now.
+            is_needed = any(grads is None for grads in self._kv_grads[:layer])
+            self._spare_kv_grads = self._kv_grads[layer] if is_needed else None
             self._kv_grads[layer] = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes held, pages apart."""
         tensors = [self.d_hidden]
-        for grads in self._kv_grads:
+        for grads in (*self._kv_grads, self._spare_kv_grads):
             if grads is not None:
                 tensors += [grads.keys, grads.values]
         return sum(map(tensor_bytes, tensors)) + self.saved.size_bytes

@@ -89,6 +89,7 @@ def _chunks(batch: Batch, num_decodes: int) -> tuple[ChunkRow, ...]:
             end=int(starts[row + 1]),
             first_prefix=int(batch.prefix_lens[starts[row]]),
             context=int(batch.prefix_lens[starts[row + 1] - 1]),
+            is_training=batch.kinds[row] == SegmentKind.FT_FORWARD,
         )
         for row in range(num_decodes, batch.num_rows)
         if starts[row] < starts[row + 1]  # backward rows hold no tokens

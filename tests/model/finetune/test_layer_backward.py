@@ -19,13 +19,14 @@ from weft.graph.adapter_spec import AdapterSpec
 from weft.graph.pruning import Remat
 from weft.model.adapters.weights import model_targets
 from weft.model.decoder import attention_shape
-from weft.model.finetune.attention import KvGrads, WindowKv
+from weft.model.finetune.attention import KvGrads
 from weft.model.finetune.dropout import DropoutKey, dropout_scale
 from weft.model.finetune.layer_backward import layer_backward, wants_kv_grads
 from weft.model.finetune.layer_tensors import LayerTensors, WindowPlace
 from weft.model.finetune.loss import window_loss
 from weft.model.finetune.parameters import TrainedWeights
 from weft.model.finetune.plan import plan_layers
+from weft.model.kernels.held_tokens import HeldTokens
 from weft.model.rope import rope_table
 
 FAMILIES = (
@@ -136,7 +137,7 @@ def check(
             k: tensors[k][:end].unflatten(1, (shape.num_kv_heads, -1)).transpose(0, 1)
             for k in ("keys", "values")
         }
-        kv = WindowKv(**heads, first=0, begin=begin, end=end, window=config.windows[layer])
+        kv = HeldTokens(**heads, first=0, begin=begin, end=end, window=config.windows[layer])
         place = WindowPlace(
             positions=torch.arange(begin, end),
             cos=rope.cos[begin:end],

@@ -20,6 +20,7 @@ from weft.model.adapters.weights import Bypass
 from weft.model.finetune.dropout import dropout_scale
 from weft.model.finetune.primitives import activation
 from weft.model.forward_step import BypassGroup, ForwardStep, Taps
+from weft.model.kernels import cpu_linear
 from weft.model.linear import LinearWeight
 
 _NOTHING: frozenset[str] = frozenset()
@@ -189,7 +190,7 @@ class BypassedLayer:
                 num_features=target.in_features,
                 dtype=source.dtype,
             )
-        inner = source @ bypass.weights["A"].t()
+        inner = cpu_linear.linear(source, bypass.weights["A"])
         self._keep_of(group, low_rank(target.module), inner)
         up = bypass.weights["B"].t()
         if isinstance(rows, slice):

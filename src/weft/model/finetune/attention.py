@@ -21,62 +21,34 @@ from torch import Tensor
 from weft.model.finetune.primitives import wide_dtype
 from weft.model.forward_step import KvLayer
 from weft.model.kernels import cpu_window
+from weft.model.kernels.held_tokens import HeldTokens, gather_tokens
 
 _BLOCK_ROWS = 64
 """G * m, about: rows of one block's product for each key-value head."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowKv:
-    """What the queries at positions [begin, end) of a sample see."""
-
-    keys: Tensor
-    """[Hkv, end - first or more, D]; rows behind the last token are zero."""
-    values: Tensor
-    first: int
-    """Position of the first cached token held."""
-    begin: int
-    end: int
-    window: int | None
-    """A token sees itself and the `window - 1` before it."""
-
-    @property
-    def held(self) -> cpu_window.HeldTokens:
-        """The same for the native kernels."""
-        return cpu_window.HeldTokens(
-            keys=self.keys,
-            values=self.values,
-            num_before=self.begin - self.first,
-            window=self.window,
-        )
-
-    @property
-    def wide(self) -> WindowKv:
-        """The same in the dtype that sums are taken in, without the zeros."""
-        num, dtype = self.end - self.first, wide_dtype(self.keys.dtype)
-        keys, values = (x[:, :num].to(dtype) for x in (self.keys, self.values))
-        return replace(self, keys=keys, values=values)
-
-
 def gather_kv(
     kv: KvLayer, pages: Tensor, *, page_tokens: int, begin: int, end: int, window: int | None
-) -> WindowKv:
+) -> HeldTokens:
     """Copy from the arena what a window sees; `pages` [P] are the sample's from its first on."""
-    first_page = 0 if window is None else max(0, begin + 1 - window) // page_tokens
-    first = first_page * page_tokens
-    used = pages[first_page : -(-end // page_tokens)]
-    num = end - first
-    head_dim = kv.keys.shape[3]
-    multiple = cpu_window.token_multiple(kv.keys.dtype, kv.keys.device, head_dim) or 1
-    rows = -(-len(used) * page_tokens // multiple) * multiple
-    keys, values = (
-        cache.new_empty(cache.shape[1], rows, head_dim) for cache in (kv.keys, kv.values)
+    keys = kv.keys
+    multiple = cpu_window.token_multiple(keys.dtype, keys.device, keys.shape[3])
+    return gather_tokens(
+        kv,
+        pages,
+        page_tokens=page_tokens,
+        begin=begin,
+        end=end,
+        window=window,
+        multiple=multiple or 1,
     )
-    for cache, target in ((kv.keys, keys), (kv.values, values)):
-        by_page = target[:, : len(used) * page_tokens].unflatten(1, (len(used), page_tokens))
-        by_page.copy_(cache[used].transpose(0, 1))
-        target[:, num:].zero_()
-    return WindowKv(keys=keys, values=values, first=first, begin=begin, end=end, window=window)
+
+
+def _widened(kv: HeldTokens) -> HeldTokens:
+    """The same in the dtype that sums are taken in, without the zeros behind."""
+    num, dtype = kv.end - kv.first, wide_dtype(kv.keys.dtype)
+    keys, values = (x[:, :num].to(dtype) for x in (kv.keys, kv.values))
+    return replace(kv, keys=keys, values=values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +62,13 @@ class _Block:
     is seen by all."""
 
 
-def attention_forward(query: Tensor, kv: WindowKv) -> Tensor:
+def attention_forward(query: Tensor, kv: HeldTokens) -> Tensor:
     """query [s, Hq, D], turned, to [s, Hq * D]."""
-    if cpu_window.can_run(query, kv.held):
-        return cpu_window.window_forward(query, kv.held)
-    kv = kv.wide
+    if cpu_window.can_run(query, kv):
+        out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+        cpu_window.window_forward(query, kv, out)
+        return out
+    kv = _widened(kv)
     num_kv_heads = kv.keys.shape[0]
     out = torch.empty_like(query)
     for block in _blocks(kv, query.shape[1] // num_kv_heads):
@@ -113,7 +87,7 @@ class KvGrads:
 
 
 def attention_backward(
-    d_out: Tensor, query: Tensor, kv: WindowKv, grads: KvGrads, *, wants_query: bool
+    d_out: Tensor, query: Tensor, kv: HeldTokens, grads: KvGrads, *, wants_query: bool
 ) -> Tensor | None:
     """Add the window's share to `grads`; returns the gradient of `query` [s, Hq, D], wide.
 
@@ -124,11 +98,11 @@ def attention_backward(
         wants_query
         and grads.keys is not None
         and grads.values is not None
-        and cpu_window.can_run(query, kv.held)
+        and cpu_window.can_run(query, kv)
     ):
         sums = grads.keys[:, held], grads.values[:, held]
-        return cpu_window.window_backward(d_out, query, kv.held, *sums)
-    kv = kv.wide
+        return cpu_window.window_backward(d_out, query, kv, *sums)
+    kv = _widened(kv)
     num_kv_heads, wide = kv.keys.shape[0], kv.keys.dtype
     d_out = d_out.view(query.shape)
     d_query = query.new_empty(query.shape, dtype=wide) if wants_query else None
@@ -152,7 +126,7 @@ def attention_backward(
     return d_query
 
 
-def _blocks(kv: WindowKv, group: int) -> Iterator[_Block]:
+def _blocks(kv: HeldTokens, group: int) -> Iterator[_Block]:
     size = max(8, _BLOCK_ROWS // group)
     device = kv.keys.device
     for begin in range(kv.begin, kv.end, size):
@@ -173,7 +147,7 @@ def _blocks(kv: WindowKv, group: int) -> Iterator[_Block]:
         )
 
 
-def _probabilities(rows: Tensor, kv: WindowKv, block: _Block) -> Tensor:
+def _probabilities(rows: Tensor, kv: HeldTokens, block: _Block) -> Tensor:
     """[Hkv, G * m, c]."""
     scores = torch.bmm(rows, kv.keys[:, block.seen].transpose(1, 2)).mul_(rows.shape[2] ** -0.5)
     num_queries, num_masked = block.mask.shape

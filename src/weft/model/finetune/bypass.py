@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weft.graph.adapter_spec import BypassTarget
 from weft.model.finetune.primitives import activation, activation_backward
+from weft.model.kernels import cpu_linear
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +37,15 @@ class TrainedBypass:
 
 def add_product(grad: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """grad += scale * leftᵀ right: the gradient of a weight from its window's rows."""
-    if grad.dtype is left.dtype:
-        grad.addmm_(left.t(), right, alpha=scale)
+    if left.shape[1] <= right.shape[1]:
+        grad.add_(cpu_linear.sum_over_rows(left, right), alpha=scale)
     else:
-        grad.add_((left.t() @ right).to(grad.dtype), alpha=scale)
+        grad.add_(cpu_linear.sum_over_rows(right, left).t(), alpha=scale)
+
+
+def lora_inner(bypass: TrainedBypass, x: Tensor) -> Tensor:
+    """What a LoRA's B is applied to, x Aᵀ: [s, r]."""
+    return cpu_linear.linear(x, bypass.weights["A"])
 
 
 def lora_backward(
@@ -57,7 +63,7 @@ def lora_backward(
     scale = bypass.target.scale
     a, b = bypass.weights["A"], bypass.weights["B"]
     add_product(bypass.grads["B"], dy, low_rank, scale)
-    d_low_rank = (dy @ b).mul_(scale)
+    d_low_rank = cpu_linear.linear(dy, b.t().contiguous()).mul_(scale)
     if dropout_scale is None:
         add_product(bypass.grads["A"], d_low_rank, x)
         if dx is not None:

@@ -11,22 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from weft.base.errors import IntegrityError
 from weft.graph.adapter_spec import SUB_LAYERS, Module
 from weft.graph.layer_graph import LAYER_INPUT
 from weft.graph.pruning import BackwardNeeds
-from weft.model.finetune.attention import WindowKv, attention_forward
+from weft.model.finetune.attention import attention_forward
 from weft.model.finetune.bypass import (
     TrainedBypass,
     bottleneck_active,
     bottleneck_inner,
     bottleneck_output,
+    lora_inner,
 )
 from weft.model.finetune.dropout import DropoutKey, dropout_scale
-from weft.model.finetune.primitives import turn_into
+from weft.model.finetune.primitives import silu_mul, turn_into
+from weft.model.kernels.held_tokens import HeldTokens
 from weft.model.kernels.interface import AttentionShape, Kernels
 from weft.model.linear import LinearWeight
 from weft.model.weights import LayerWeights
@@ -87,7 +88,7 @@ class LayerTensors:
         plan: LayerPlan,
         saved: Mapping[str, Tensor],
         place: WindowPlace,
-        kv: WindowKv | None,
+        kv: HeldTokens | None,
     ) -> None:
         self._plan = plan
         self._found = dict(saved)
@@ -113,7 +114,7 @@ class LayerTensors:
             self._found.pop(name, None)
 
     @property
-    def kv(self) -> WindowKv:
+    def kv(self) -> HeldTokens:
         """Keys and values that the window sees."""
         if self._kv is None:
             raise IntegrityError(f"backward of layer {self._plan.index} was given no pages")
@@ -191,7 +192,7 @@ class LayerTensors:
             case "low_rank" if bypass.is_lora:
                 x = self[LINEAR_INPUT[module]]
                 scale = self.dropout_scale(module)
-                self._found[name] = (x if scale is None else x * scale) @ bypass.weights["A"].t()
+                self._found[name] = lora_inner(bypass, x if scale is None else x * scale)
             case "low_rank":
                 self._found[name] = bottleneck_inner(bypass, self[f"raw:{module}"])
             case "active":
@@ -222,12 +223,12 @@ class LayerTensors:
 
     def _query(self) -> Tensor:
         heads = self._heads("query_flat")
-        out = torch.empty_like(heads, memory_format=torch.contiguous_format).flatten(1)
+        out = heads.new_empty(heads.shape[0], heads.shape[1] * heads.shape[2])
         turn_into(heads, self._place.cos, self._place.sin, out)
         return out
 
     def _activated(self) -> Tensor:
-        return torch.nn.functional.silu(self["gate"]).mul_(self["up"])
+        return silu_mul(self["gate"], self["up"])
 
     def _compute_qkv(self) -> None:
         shape = self._plan.shape

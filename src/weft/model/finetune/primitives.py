@@ -63,6 +63,12 @@ def turn_backward_into(dy: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Non
         out.unflatten(1, dy.shape[1:]).copy_(turn_backward(dy, cos, sin))
 
 
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, F]."""
+    found = cpu_backward.silu_mul(gate, up)
+    return torch.nn.functional.silu(gate).mul_(up) if found is None else found
+
+
 def silu_mul_backward(d_act: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
     """Gradient of silu(gate) * up at both, side by side: [T, F] each to [T, 2F].
 

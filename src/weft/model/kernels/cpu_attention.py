@@ -159,16 +159,20 @@ def attention_calls(
     kv: KvLayer,
     step: ForwardStep,
     group: GroupStep,
+    chunks: Sequence[ChunkRow],
 ) -> list[Call]:
-    """The calls that attend with every token of an iteration."""
+    """The calls that attend with the decodes of an iteration, and with chunks of it.
+
+    `chunks` are the same in all layers of the group.
+    """
     calls: list[Call] = []
     heads = shape.num_kv_heads
     if step.num_decodes:
         lens = step.prefix_lens[: step.num_decodes]
         calls.append(attention_call(native, spec, query, out, kv, group, heads, context_lens=lens))
-    if step.chunks:
+    if chunks:
         work = group.scratch.get("cpu_work")
         if work is None:
-            work = group.scratch["cpu_work"] = chunk_work(step.chunks, spec.max_block_rows)
+            work = group.scratch["cpu_work"] = chunk_work(chunks, spec.max_block_rows)
         calls.append(attention_call(native, spec, query, out, kv, group, heads, work=work))
     return calls

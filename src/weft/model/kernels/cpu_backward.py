@@ -20,6 +20,7 @@ from weft.model.kernels.cpu_backward_ir import (
 )
 from weft.model.kernels.cpu_ir import Storage
 from weft.model.kernels.cpu_linear import storage_of
+from weft.model.kernels.cpu_rows_ir import SILU_MUL_ARGS, SiluMulSpec
 from weft.model.kernels.cpu_team import Call, KernelSpec, NativeKernels, float_bits, native_kernels
 
 
@@ -73,6 +74,20 @@ def norm_backward(
     )
     spec = NormBackwardSpec(storage=storage)
     _run(native, spec, NORM_BACKWARD_ARGS, words, dy, x, weight, residual, out)
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
+    """silu(gate) * up, [T, F] each."""
+    found = _native_for(gate, up)
+    # The kernel of the forward pass takes both side by side.
+    is_beside = (up.data_ptr() - gate.data_ptr()) == gate.shape[1] * gate.element_size()
+    if found is None or not is_beside or gate.stride(0) != up.stride(0):
+        return None
+    native, storage = found
+    out = gate.new_empty(gate.shape)
+    words = (gate.data_ptr(), gate.stride(0), out.data_ptr(), *gate.shape)
+    _run(native, SiluMulSpec(storage=storage), SILU_MUL_ARGS, words, gate, up, out)
     return out
 
 

@@ -260,7 +260,7 @@ def emit_loss(spec: LossSpec, k: Builder, args_at: Val, thread: Val, num_threads
         top = k.max_lanes(top_v.get())
         total = k.var(k.zeros(lanes))
         with k.range(0, size, lanes) as at:
-            weight = k.exp(k.load(logits, at, storage, lanes) - k.splat(top, lanes))
+            weight = k.exp_of_negative(k.load(logits, at, storage, lanes) - k.splat(top, lanes))
             total.set(total.get() + weight)
             k.store(weights, at, weight, _F32)
         summed = k.sum_lanes(total.get())

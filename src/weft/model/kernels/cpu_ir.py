@@ -456,10 +456,18 @@ class Builder:
 
     def exp(self, x: Val) -> Val:
         """eˣ in float32 to about 2 ulp; below -87 it is 0, above 88 it stays at e⁸⁸."""
-        lanes = x.lanes
         is_tiny = x < -87.0
         x = self.select(x > 88.0, self.const(88.0, x.type), x)
         x = self.select(is_tiny, self.const(-87.0, x.type), x)
+        return self.select(is_tiny, self.const(0.0, x.type), self._exp_in_range(x))
+
+    def exp_of_negative(self, x: Val) -> Val:
+        """eˣ for x up to 0, or a rounding above it; below -87 it stays at e⁻⁸⁷."""
+        lowest = self.const(-87.0, x.type)
+        return self._exp_in_range(self.select(x < -87.0, lowest, x))
+
+    def _exp_in_range(self, x: Val) -> Val:
+        lanes = x.lanes
         suffix = f"v{lanes}f32" if lanes > 1 else "f32"
         n = self.call(f"llvm.nearbyint.{suffix}", x.type, x * 1.4426950408889634)
         # ln 2 in two parts keeps the reduced argument exact (Cody and Waite).
@@ -476,8 +484,7 @@ class Builder:
             p = self.fma(p, r, self.const(c, x.type))
         p = self.fma(p, r * r, r + 1.0)
         exponent = Val(self, self.b.fptosi(n.v, vector(I32, lanes)))
-        scale = self.bitcast((exponent + 127) << 23, x.type)
-        return self.select(is_tiny, self.const(0.0, x.type), p * scale)
+        return p * self.bitcast((exponent + 127) << 23, x.type)
 
     def silu(self, x: Val) -> Val:
         """x / (1 + e⁻ˣ)."""

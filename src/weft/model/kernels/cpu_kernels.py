@@ -8,15 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weft.model.forward_step import ForwardStep, GroupStep, KvLayer, RopeRows
+from weft.model.forward_step import ChunkRow, ForwardStep, GroupStep, KvLayer, RopeRows
 from weft.model.kernels.cpu_attention import attention_calls, norm_call, rope_call
 from weft.model.kernels.cpu_attention_ir import AttentionSpec
 from weft.model.kernels.cpu_ir import Storage
 from weft.model.kernels.cpu_linear import storage_of
 from weft.model.kernels.cpu_team import NativeKernels, native_kernels
+from weft.model.kernels.cpu_window import token_multiple, window_forward
+from weft.model.kernels.held_tokens import gather_tokens
 from weft.model.kernels.interface import AttentionShape, HeadNorms
 from weft.model.kernels.torch_kernels import TorchKernels
 from weft.model.linear import LinearWeight, make_linear
+
+_MIN_WINDOW_ROWS = 32
 
 
 class CpuKernels:
@@ -66,11 +70,43 @@ class CpuKernels:
             return self._twin.attention(qkv, norms, rope, kv, step, group)
         shape = self._shape
         out = qkv.new_empty(qkv.shape[0], shape.query_size)
+        windows = [chunk for chunk in step.chunks if self._is_window(chunk, qkv)]
+        chunks = [chunk for chunk in step.chunks if chunk not in windows]
         native.team.submit(
             rope_call(native, spec.storage, shape, qkv, norms, rope, kv, group),
-            *attention_calls(native, spec, shape, qkv, out, kv, step, group),
+            *attention_calls(native, spec, shape, qkv, out, kv, step, group, chunks),
         )
+        for chunk in windows:
+            rows = slice(chunk.begin, chunk.end)
+            query = qkv[rows, : shape.query_size].unflatten(1, (shape.num_heads, shape.head_dim))
+            self._attend_window(chunk, query, out[rows], kv, group)
         return out
+
+    def _is_window(self, chunk: ChunkRow, qkv: Tensor) -> bool:
+        """Whether a chunk is long enough for keys and values to be worth turning."""
+        native = self._native
+        return (
+            chunk.is_training
+            and chunk.end - chunk.begin >= _MIN_WINDOW_ROWS
+            and native is not None
+            and self._shape.num_kv_heads >= native.team.num_threads
+            and token_multiple(qkv.dtype, qkv.device, self._shape.head_dim) is not None
+        )
+
+    def _attend_window(
+        self, chunk: ChunkRow, query: Tensor, out: Tensor, kv: KvLayer, group: GroupStep
+    ) -> None:
+        multiple = token_multiple(query.dtype, query.device, self._shape.head_dim)
+        held = gather_tokens(
+            kv,
+            group.page_tables[chunk.row],
+            page_tokens=group.page_tokens,
+            begin=chunk.first_prefix - 1,
+            end=chunk.context,
+            window=group.window,
+            multiple=multiple or 1,
+        )
+        window_forward(query, held, out)
 
     def _native_for(self, x: Tensor) -> tuple[NativeKernels | None, Storage | None]:
         if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.model.kernels.cpu_gemm import GEMM_ARGS, MAX_ROW_BLOCK, Epilogue, GemmSpec
 from weft.model.kernels.cpu_ir import Isa, Storage
-from weft.model.kernels.cpu_panel import panel_calls, panel_spec
+from weft.model.kernels.cpu_panel import panel_calls, panel_spec, sum_multiple, sum_spec
 from weft.model.kernels.cpu_panel_ir import CHUNK, MIN_PANEL_ROWS, panel_width
 from weft.model.kernels.cpu_rows_ir import SILU_MUL_ARGS, SiluMulSpec
 from weft.model.kernels.cpu_team import Call, NativeKernels, native_kernels
@@ -217,6 +217,30 @@ def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
     spec = panel_spec(native, storage, Epilogue.NONE, weight.shape[0], is_grad=True)
     native.team.submit(*panel_calls(native, spec, rows, weight, dx))
     return dx.view(*dy.shape[:-1], -1)
+
+
+def sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right: what rows left [T, r] and right [T, N] add up to, summed in float32: [r, N].
+
+    The gradient of a weight; the result is float32, or float64 for float64.
+    """
+    wide = torch.float64 if left.dtype is torch.float64 else torch.float32
+    storage = storage_of(left.dtype)
+    native = native_kernels() if left.device.type == "cpu" and storage is not None else None
+    is_wide_enough = native is not None and right.shape[1] >= panel_width(native.isa)
+    if native is None or storage is None or not is_wide_enough or right.stride(1) != 1:
+        return (left.t() @ right).to(wide)
+    spec = sum_spec(native, storage)
+    whole = left.shape[0] // sum_multiple(spec) * sum_multiple(spec)
+    rest = slice(whole, left.shape[0])
+    if not whole:
+        return (left.t() @ right).to(wide)
+    found = left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+    turned = left[:whole].t().contiguous()
+    native.team.submit(*panel_calls(native, spec, turned, right[:whole], found))
+    if whole < left.shape[0]:
+        found += (left[rest].t() @ right[rest]).to(wide)
+    return found
 
 
 def _can_run_native_grad(dy: Tensor, weight: Tensor) -> bool:

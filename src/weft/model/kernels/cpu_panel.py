@@ -47,6 +47,19 @@ def panel_spec(
     return _panel_spec(storage, epilogue, native.isa, size, is_grad)
 
 
+def sum_spec(native: NativeKernels, storage: Storage) -> PanelSpec:
+    """The variant for a sum over tokens; their number is a multiple of `sum_multiple`."""
+    use_dot = storage is Storage.BFLOAT16 and native.isa.has_bf16_dot
+    return PanelSpec(
+        storage=storage, epilogue=Epilogue.NONE, use_dot=use_dot, is_grad=True, is_sum=True
+    )
+
+
+def sum_multiple(spec: PanelSpec) -> int:
+    """Tokens that the kernel of a sum takes at once."""
+    return CHUNK * spec.unit_size
+
+
 def even_cuts(total: int, most: int, step: int = 1) -> list[tuple[int, int]]:
     """Cut `total` into as few (begin, end) of at most `most` as can be, even to `step`s."""
     count = -(-total // most)
@@ -122,7 +135,7 @@ def panel_calls(
 
     weight [N, K] is contiguous; y is x Wᵀ, or x W for a gradient; `extra` is the bias [N] or the
     addend [M, N] with y's row stride. They run in order, each after the one before has ended.
-    M is at least `MIN_PANEL_ROWS`, and y no narrower than a panel.
+    M is at least `MIN_PANEL_ROWS`, but for sums over tokens, and y no narrower than a panel.
     """
     team = native.team
     # Replays of fewer rows must not leave a block with less than a product's fewest rows.

@@ -102,18 +102,22 @@ class PackSpec:
 class PanelSpec:
     """One variant of the product: y = x Wᵀ, or with `is_grad` dx = dy W.
 
-    The contraction runs over W's columns, or over its rows for the gradient.
+    The contraction runs over W's columns, or over its rows for the gradient. A sum over tokens,
+    `is_sum`, is a product of the second kind whose few rows may be any number, and whose result is
+    float32.
     """
 
     storage: Storage
     epilogue: Epilogue
     use_dot: bool
     is_grad: bool = False
+    is_sum: bool = False
 
     @property
     def name(self) -> str:
         """A C identifier."""
         flags = ("_dot" if self.use_dot else "") + ("_grad" if self.is_grad else "")
+        flags += "_sum" if self.is_sum else ""
         return f"panel_{self.storage}_{self.epilogue}{flags}"
 
     @property
@@ -125,6 +129,15 @@ class PanelSpec:
     def unit_size(self) -> int:
         """Elements of a unit."""
         return 2 if self.use_dot else 1
+
+    @property
+    def output(self) -> Storage:
+        """What y is stored as."""
+        return _F32 if self.is_sum else self.storage
+
+    def heights(self, isa: Isa) -> range:
+        """Those that tiles can have."""
+        return range(1, max_tile_rows(isa) + 1) if self.is_sum else tile_heights(isa)
 
     def outputs_per_panel(self, isa: Isa) -> int:
         """Outputs that one panel makes; the fewest that the kernel can make."""
@@ -171,7 +184,7 @@ class PanelSpec:
                 )
                 k.switch(
                     stop - start,
-                    tile_heights(k.isa),
+                    self.heights(k.isa),
                     lambda n, at=at: _emit_tile(k, self, p, at, n),
                 )
 
@@ -414,4 +427,4 @@ def _store_outputs(
             value = value + k.load(p.extra, column, spec.storage, lanes)
         elif spec.epilogue is Epilogue.ADD:
             value = k.round_to(value, spec.storage) + k.load(p.extra, at, spec.storage, lanes)
-        k.store(p.y, at, value, spec.storage)
+        k.store(p.y, at, value, spec.output)

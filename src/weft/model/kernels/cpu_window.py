@@ -7,7 +7,6 @@ key-value heads.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -17,6 +16,7 @@ from weft.model.kernels.cpu_linear import storage_of
 from weft.model.kernels.cpu_panel_ir import max_tile_rows, panel_width
 from weft.model.kernels.cpu_team import Call, address, float_bits, native_kernels
 from weft.model.kernels.cpu_window_ir import WINDOW_ARGS, WindowSpec
+from weft.model.kernels.held_tokens import HeldTokens
 
 _NO_WINDOW = 1 << 40
 _MAX_TILES = 4
@@ -24,19 +24,6 @@ _BLOCK_FLOATS = 60_000
 """Rows of a block by tokens: their scores, probabilities and gradients stay in the second-level
 cache."""
 _MAX_HEAD_DIM = 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldTokens:
-    """What a window of queries sees."""
-
-    keys: Tensor
-    """[Hkv, c, D] contiguous, c a multiple of `token_multiple`, zero behind the last token."""
-    values: Tensor
-    num_before: int
-    """Tokens held before the first query's own."""
-    window: int | None
-    """A token sees itself and the `window - 1` before it."""
 
 
 def token_multiple(dtype: torch.dtype, device: torch.device, head_dim: int) -> int | None:
@@ -65,11 +52,9 @@ def can_run(query: Tensor, held: HeldTokens) -> bool:
     )
 
 
-def window_forward(query: Tensor, held: HeldTokens) -> Tensor:
-    """query [s, Hq, D], turned, to [s, Hq * D]; the caller has asked `can_run`."""
-    out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+def window_forward(query: Tensor, held: HeldTokens, out: Tensor) -> None:
+    """query [s, Hq, D], turned, to out [s, Hq * D] contiguous; `can_run` has been asked."""
     _submit(query, held, out, None, None, None)
-    return out
 
 
 def window_backward(
@@ -122,7 +107,7 @@ def _submit(
         num_rows,
         num_kv_heads,
         num_heads // num_kv_heads,
-        held.num_before,
+        held.begin - held.first,
         _NO_WINDOW if held.window is None else held.window,
         tiles,
         scratch.data_ptr(),

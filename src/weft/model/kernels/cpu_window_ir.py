@@ -44,6 +44,9 @@ WINDOW_ARGS = (
     "scratch_size",
     "scale_bits",
 )
+ROW_PADDING = 16
+"""Units between one row of a room and the next: a stride of a power of two would put the rows of a
+column into few sets of the cache."""
 _F32 = Storage.FLOAT32
 _LOWEST = -3.0e38
 
@@ -82,7 +85,7 @@ class WindowSpec:
     def rooms(self, num_held: int, num_rows: int) -> dict[str, int]:
         """Units of each room of a thread's scratch, for blocks of `num_rows`, in their order."""
         panels, rows = num_held * self.head_units, num_rows * self.head_units
-        wide = num_held * num_rows
+        wide = (num_held + ROW_PADDING) * num_rows
         narrow = wide // self.unit_size
         found = {
             "key_panels": panels,
@@ -120,8 +123,9 @@ class _Head:
     keys: Val
     values: Val
     head: Val
+    num_held: Val
     ld: Val
-    """Tokens held: the row stride of rooms as wide as the context."""
+    """The row stride of rooms as wide as the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,8 @@ class _Block:
     """Behind the last token that some row sees."""
     stop: Val
     """`last`, rounded up to whole panels."""
+    checked: Val
+    """From this token on, a whole vector, not every row sees all; before it, all rows do."""
 
 
 def emit_window(spec: WindowSpec, k: Builder, args_at: Val, thread: Val, num_threads: Val) -> None:
@@ -162,7 +168,8 @@ def emit_window(spec: WindowSpec, k: Builder, args_at: Val, thread: Val, num_thr
             keys=k.offset(args["keys"], begin, spec.storage),
             values=k.offset(args["values"], begin, spec.storage),
             head=kv_head,
-            ld=args["num_held"],
+            num_held=args["num_held"],
+            ld=args["num_held"] + ROW_PADDING,
         )
         _emit_panels(k, spec, head)
         with (
@@ -173,6 +180,8 @@ def emit_window(spec: WindowSpec, k: Builder, args_at: Val, thread: Val, num_thr
             seen = args["num_before"] + start + 1
             first = k.maximum(seen - args["window"], k.const(0)) // width * width
             last = seen + num_rows - 1
+            slides = last > args["window"]
+            checked = k.select(slides, first, seen // k.isa.lanes * k.isa.lanes)
             block = _Block(
                 head=kv_head * args["group"] + g,
                 start=start,
@@ -181,6 +190,7 @@ def emit_window(spec: WindowSpec, k: Builder, args_at: Val, thread: Val, num_thr
                 first=first,
                 last=last,
                 stop=(last + (width - 1)) // width * width,
+                checked=checked,
             )
             _emit_block(k, spec, head, block)
 
@@ -216,7 +226,7 @@ def _emit_panels(k: Builder, spec: WindowSpec, head: _Head) -> None:
     # Rows of keys are what gradients of scores are multiplied with; of values, what probabilities.
     source = head.keys if spec.is_backward else head.values
     lanes, d = k.isa.lanes, spec.head_dim
-    with k.range(0, head.ld, spec.unit_size) as token, k.range(0, d, lanes) as at:
+    with k.range(0, head.num_held, spec.unit_size) as token, k.range(0, d, lanes) as at:
         target = token // spec.unit_size * d + at
         where = token * d + at
         if spec.use_dot:
@@ -233,7 +243,7 @@ def _emit_panels(k: Builder, spec: WindowSpec, head: _Head) -> None:
 def _emit_turned(k: Builder, spec: WindowSpec, head: _Head, source: Val, target: Val) -> None:
     """Rows [c, D] to panels [c / W][D units][W]."""
     lanes, width = k.isa.lanes, panel_width(k.isa)
-    with k.range(0, head.ld, width) as token:
+    with k.range(0, head.num_held, width) as token:
         panel = k.offset(target, token * spec.head_units, _F32)
         for half in (0, 1):
             with k.range(0, spec.head_units, lanes) as unit:
@@ -444,15 +454,22 @@ def _emit_softmax(k: Builder, spec: WindowSpec, head: _Head, block: _Block, row:
         base = (row + i) * head.ld
         mask = _visible(k, block, head, row + i)
         top = k.var(k.const(_LOWEST, vector(F32, lanes)))
-        with k.range(block.first, block.stop, lanes) as token:
+        with k.range(block.first, block.checked, lanes) as token:
+            top.set(k.maximum(top.get(), k.load(scores, base + token, _F32, lanes)))
+        with k.range(block.checked, block.stop, lanes) as token:
             score = k.load(scores, base + token, _F32, lanes)
             top.set(k.maximum(top.get(), k.select(mask(token), score, top.get())))
         # With a negative scale the largest would be the least; there is none.
         most = k.splat(k.max_lanes(top.get()) * head.args["scale"], lanes)
         total = k.var(k.zeros(lanes))
-        with k.range(block.first, block.stop, lanes) as token:
+        with k.range(block.first, block.checked, lanes) as token:
             score = k.load(scores, base + token, _F32, lanes)
-            weight = k.exp(score * scale - most)
+            weight = k.exp_of_negative(score * scale - most)
+            total.set(total.get() + weight)
+            k.store(scores, base + token, weight, _F32)
+        with k.range(block.checked, block.stop, lanes) as token:
+            score = k.load(scores, base + token, _F32, lanes)
+            weight = k.exp_of_negative(score * scale - most)
             weight = k.select(mask(token), weight, k.zeros(lanes))
             total.set(total.get() + weight)
             k.store(scores, base + token, weight, _F32)
