@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from train.small import data, model
 from weft.runtime.dist_transport import DistTransport
 from weft.runtime.stage_module import StageModule
 from weft.train import checkpoint
 from weft.train.checkpoint import CheckpointStore
+from weft.train.checkpoint_writer import StreamingWriter
 from weft.train.run_dir import RunDirectory
 
 __all__ = ["data", "model"]
@@ -60,7 +60,7 @@ class Killer:
         """Wrap what a rank does; nothing of it is changed but its end."""
         killer = self
         forward, all_reduce = StageModule.forward, DistTransport.all_reduce
-        write_data, publish = HuggingFaceStorageWriter.write_data, checkpoint.publish_directory
+        write_data, publish = StreamingWriter.write_data, checkpoint.publish_directory
         save, add_metrics = CheckpointStore.save, RunDirectory.add_metrics
 
         def in_forward(module: Any, call: Any, *arguments: Any) -> Any:
@@ -99,7 +99,7 @@ class Killer:
         StageModule.forward = in_forward  # type: ignore[method-assign]
         DistTransport.all_reduce = in_all_reduce  # type: ignore[method-assign]
         CheckpointStore.save = in_save  # type: ignore[method-assign]
-        HuggingFaceStorageWriter.write_data = in_write  # type: ignore[method-assign]
+        StreamingWriter.write_data = in_write  # type: ignore[method-assign]
         checkpoint.publish_directory = in_publish
         RunDirectory.add_metrics = in_metrics  # type: ignore[method-assign]
 

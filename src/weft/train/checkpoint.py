@@ -24,15 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from weft.base.durable import publish_directory
 from weft.base.errors import ModelLoadError
 from weft.runtime.stage_executor import RankState
+from weft.train.checkpoint_writer import StreamingWriter
 from weft.train.groups import GroupState
 
 _log = logging.getLogger("weft.train")
@@ -74,6 +72,7 @@ class CheckpointStore:
         self.directory = directory
         self._keep = keep
         self._writing: _Writing | None = None
+        self._staged: dict[str, Tensor] = {}
         self._group: Any = None
 
     # ---- writing ----
@@ -107,7 +106,7 @@ class CheckpointStore:
         tensors = {name: tensor for rank in ranks for name, tensor in owned_tensors(rank)}
         if is_first and constants is not None:
             tensors |= {f"{_CONSTANT}{name}": tensor for name, tensor in constants.items()}
-        writer = HuggingFaceStorageWriter(str(part), save_distributed=is_distributed)
+        writer = StreamingWriter(part, save_distributed=is_distributed, staged=self._staged)
         options: dict[str, Any] = {"storage_writer": writer, "no_dist": not is_distributed}
         if is_distributed:
             options["process_group"] = self._group
