@@ -488,3 +488,16 @@ def test_optimizer_state_is_in_safetensors_by_parameter_name(tmp_path: Path) -> 
     assert "optimizer.head.weight.exp_avg_sq" in names
     state = json.loads((file.parent / "train.json").read_text())
     assert state["optimizer"]["head.weight"] == {"step": 1.0}
+
+
+def test_stages_say_what_they_are_built_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="weft.runtime"):
+        own = trainer(tmp_path / "own")
+        graph = trainer(tmp_path / "graph", own_modules=False)
+    said = [record.getMessage() for record in caplog.records if "stage 0: " in record.getMessage()]
+    assert "the user's own modules" in said[0]
+    assert said[1] == "stage 0: cut from the exported graph"
+    assert own.executor.cut.stages[0].own
+    assert not graph.executor.cut.stages[0].own

@@ -75,6 +75,9 @@ def train(
     validate_every: Annotated[int, typer.Option(help="Steps; 0: at the end")] = 0,
     record: Annotated[bool, typer.Option(help="Keep a timeline of the last steps")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events")] = False,
+    own_modules: Annotated[
+        bool, typer.Option(help="Call the model's own submodules where they lie whole in a stage")
+    ] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     timeout_s: Annotated[float, typer.Option(help="Seconds until a silent peer is given up")] = 600,
     max_restarts: Annotated[int, typer.Option(help="Restarts after a rank has died")] = 3,
@@ -100,6 +103,7 @@ def train(
         validate_every=validate_every,
         record=record,
         tensorboard=tensorboard,
+        own_modules=own_modules,
         device=device,
         timeout_s=timeout_s,
     )

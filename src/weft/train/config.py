@@ -65,6 +65,8 @@ class TrainConfig:
     """Optimizer steps between passes over the validation data; 0 means at the end."""
     record: bool = False
     """Keep a timeline of the last steps (`weft.runtime.measured.MAX_STEPS`)."""
+    own_modules: bool = True
+    """Call the model's own submodules where they lie whole in a stage (hooks, torch.compile)."""
     device: str = "cpu"
     timeout_s: float = 600.0
     tensorboard: bool = False

@@ -163,6 +163,7 @@ class Trainer:
                 seed=config.seed,
                 device=config.device,
                 record=config.record,
+                own_modules=config.own_modules,
             ),
         )
         make_scheduler = scheduler or scheduler_factory(config)
