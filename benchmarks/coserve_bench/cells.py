@@ -83,8 +83,11 @@ class Server(Protocol):
 
     name: str
     simulated: bool
-    step_time: StepTimeModel
-    """What was measured, or is modelled, of its iterations."""
+
+    @property
+    def step_time(self) -> StepTimeModel:
+        """What was measured, or is modelled, of its iterations."""
+        ...
 
     def run(self, workload: Workload, config: FinetuneConfig, *, has_job: bool) -> ServingReport:
         """Serve it once; the job lasts as long as the requests."""

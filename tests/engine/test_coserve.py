@@ -19,6 +19,7 @@ from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy, LatencyS
 from weft.engine.head_room import Unused
 from weft.engine.iteration_shape import ShapeCounter, iteration_shape
 from weft.engine.loop import EngineLoop
+from weft.engine.pacing import promised
 from weft.engine.request import FinishReason, Request
 from weft.engine.sampling import SamplingParams
 from weft.graph.adapter_spec import AdapterSpec
@@ -302,6 +303,18 @@ def test_long_prompts_do_not_hold_up_running_answers() -> None:
         slowest = max(o.actual_s for o in mixed)
         assert max(waits) <= SLO.ttft_s
         assert (slowest <= 1.3 * SLO.tpot_s) == config.paces_prompts
+
+
+def test_what_is_asked_for_wins_over_what_step_times_say() -> None:
+    slow = Steps(constant=0.1, token=0.0)
+    assert promised(FinetuneConfig(), None) == LatencySlo()
+    assert promised(FinetuneConfig(), slow) == LatencySlo(tpot_s=0.4, ttft_s=1.0)
+    assert promised(FinetuneConfig(), Steps(constant=1e-3)).tpot_s == 0.02
+    asked = promised(FinetuneConfig(slo_tpot_s=0.3), slow)
+    assert asked == LatencySlo(tpot_s=0.3, ttft_s=1.0)
+    # A time to first token that was asked for holds for long prompts too.
+    asked = promised(FinetuneConfig(slo_ttft_s=2.0), slow)
+    assert asked == LatencySlo(tpot_s=0.4, ttft_s=2.0, ttft_prefills=0.0)
 
 
 # ---- prediction ----

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from weft.cli.console import stdout_console
-from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
+from weft.cost.fitted_step_time import MeasuredStep, StepFit, StepTimeProfile
 from weft.cost.step_time import IterationShape
+from weft.engine.pacing import slo_from
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -54,9 +55,11 @@ def profile_serve(
 ) -> None:
     """Measure a model's iterations on this machine, fit them, and write the profile."""
     # Imported here, so that --help and wrong options answer without loading torch.
+    import torch
+
     from weft.model.embedded import embedded_model_path
     from weft.runtime.build import ExecutorConfig, build_executor
-    from weft.runtime.serve_profiler import ProfileConfig, profile_serving
+    from weft.runtime.serve_profiler import ProfileConfig, processor_name, profile_serving
 
     built = build_executor(
         ExecutorConfig(
@@ -90,7 +93,7 @@ def profile_serve(
             ),
             model=resolved.model_path.name,
             dtype=str(resolved.dtype).removeprefix("torch."),
-            device=_device_name(resolved.device),
+            device=f"{processor_name(resolved.device)}, {torch.get_num_threads()} threads",
             progress=lambda text, done: bar.update(task, description=text, completed=done),
         )
     built.executor.close()
@@ -118,14 +121,6 @@ def _median_spread(profile: StepTimeProfile) -> float:
     return statistics.median(spreads) if spreads else 0.0
 
 
-def _device_name(device: Any) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 def _summary(profile: StepTimeProfile, out: Path) -> dict[str, Any]:
     residuals = profile.device_fit.residuals
     return {
@@ -140,6 +135,12 @@ def _summary(profile: StepTimeProfile, out: Path) -> dict[str, Any]:
         "decode_step_s": {
             str(point.shape.num_decode_rows): point.seconds
             for point in _shortest_decodes(profile.device_points)
+        },
+        "objectives": asdict(slo_from(profile)),
+        "fit": {
+            "constant_s": profile.device_fit.constant_s,
+            "curves": {name: asdict(c) for name, c in profile.device_fit.curves.items()},
+            "slopes_s": dict(profile.device_fit.slopes),
         },
         "settings": dict(profile.settings),
     }
@@ -201,4 +202,26 @@ def _print(profile: StepTimeProfile, out: Path) -> None:
         + (f" ({_describe(residuals.worst)})" if residuals.worst is not None else ""),
         highlight=False,
     )
+    _print_fit(console, profile.device_fit)
+    slo = slo_from(profile)
+    console.print(
+        f"objectives that follow: {slo.tpot_s * 1e3:.1f} ms per output token, "
+        f"{slo.ttft_s:g} s to the first or {slo.ttft_prefills:g} x the prompt alone",
+        highlight=False,
+    )
     console.print(f"wrote {out}", highlight=False)
+
+
+def _print_fit(console: Console, fit: StepFit) -> None:
+    """f(c, s): what each thing that an iteration carries adds to its time."""
+    table = Table(title="the fit: seconds of an iteration are the sum of these")
+    for column in ("term", "adds"):
+        table.add_column(column)
+    table.add_row("every iteration", f"{fit.constant_s * 1e3:.3f} ms")
+    for name, curve in fit.curves.items():
+        points = zip(curve.knots, curve.heights, strict=True)
+        table.add_row(name, ", ".join(f"{at}: {height * 1e3:.2f} ms" for at, height in points))
+    for name, slope in fit.slopes.items():
+        if slope:
+            table.add_row(name, f"{slope * 1e6:.4g} µs each")
+    console.print(table)

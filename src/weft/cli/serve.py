@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from weft.base.errors import UnsupportedError
-from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy, LatencySlo
+from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
 from weft.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
 from weft.serve.adapter_api import AdapterConfig, LoraModule
 from weft.serve.api import ApiConfig
@@ -122,6 +122,15 @@ def serve(
         float | None,
         _option("Time to first token that requests are promised; default: by model", _FINETUNING),
     ] = None,
+    step_times: Annotated[
+        str,
+        _option(
+            "Where predictions of iterations start: auto measures this model once, for a few "
+            "seconds, and keeps it in the cache directory; off learns while it serves; or a file "
+            "of weft profile --serve",
+            _FINETUNING,
+        ),
+    ] = "auto",
     max_iteration_ms: Annotated[
         float,
         _option("Longest iteration with finetuning, so that arrivals wait no longer", _FINETUNING),
@@ -172,11 +181,13 @@ def serve(
             trace_path=None if trace is None else str((data_dir or Path()) / trace),
             finetune=FinetuneConfig(
                 policy=policy,
-                slo=_slo(slo_tpot_ms, slo_ttft_ms),
+                slo_tpot_s=None if slo_tpot_ms is None else slo_tpot_ms / 1e3,
+                slo_ttft_s=None if slo_ttft_ms is None else slo_ttft_ms / 1e3,
                 max_iteration_s=max_iteration_ms / 1e3,
                 min_share=finetune_min_share,
             ),
             memory_budget_bytes=memory_budget,
+            step_times=step_times,
         ),
         store=StoreConfig(
             directory=data_dir, database_url=database_url, checkpoint_every=checkpoint_every
@@ -202,13 +213,6 @@ def serve(
         ),
     )
     raise typer.Exit(_run(config, data_dir))
-
-
-def _slo(tpot_ms: float | None, ttft_ms: float | None) -> LatencySlo | None:
-    """None leaves both to the model's own speed."""
-    given = {"tpot_s": tpot_ms, "ttft_s": ttft_ms}
-    given_s = {name: value / 1e3 for name, value in given.items() if value is not None}
-    return LatencySlo(**given_s) if given_s else None
 
 
 def main(argv: list[str]) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from weft.base.clock import Clock, WallClock
 from weft.base.errors import ConfigError
@@ -23,9 +26,12 @@ from weft.engine.iteration_shape import ShapeCounter, iteration_shape
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
 from weft.graph.adapter_spec import AdapterSpec
-from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, default_sweep
+from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, decodes, default_sweep
 from weft.sim.serving_setup import profile_settings
 
+_QUICK_WINDOWS = (16, 64, 192)
+_QUICK_CONTEXT = 128
+_LEAST_POINTS = 3
 Progress = Callable[[str, float], None]
 """Called with what is being measured and the share that is done."""
 _LONGEST_SAMPLE = 512
@@ -129,6 +135,106 @@ def profile_serving(
             max_in_flight=executor.max_in_flight,
         ),
     )
+
+
+def quick_profile(
+    executor: BatchExecutor,
+    *,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    model: str,
+    dtype: str,
+    device: str,
+    time_limit_s: float = 3.0,
+    clock: Clock | None = None,
+) -> StepTimeProfile:
+    """Where a server's predictions start: a few iterations of each kind, the small ones first.
+
+    Lone and many decodes, prompts, and, where the executor holds samples, windows of a random
+    adapter's training. Nothing is begun after `time_limit_s` but the least of each kind, without
+    which nothing can be foreseen. Uses a few pages and slots of an executor that serves nobody yet.
+
+    Raises:
+        ConfigError: not even one decode fits the executor.
+    """
+    clock = clock or WallClock()
+    begin_s = clock.now_s()
+    info = executor.info
+    config = ProfileConfig(
+        max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens, num_rounds=1
+    )
+    batches = SweepBatches(info, sampling=config.sampling)
+    points: list[MeasuredStep] = []
+    for index, rows in enumerate(_quick_points(info, max_model_len, max_num_batched_tokens)):
+        is_late = clock.now_s() - begin_s > time_limit_s / 2
+        if batches.fits(rows) and (index < _LEAST_POINTS or not is_late):
+            points += _measure_device(executor, batches, [rows], config, clock, None)
+    if info.max_finetune_samples > 0 and max_model_len >= 2 * _QUICK_WINDOWS[0]:
+        points += _equal_shapes(_quick_finetune(executor, config, clock, begin_s + time_limit_s))
+    return StepTimeProfile.fitted(
+        model=model,
+        dtype=dtype,
+        device=device,
+        device_points=points,
+        settings=profile_settings(
+            info,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_in_flight=executor.max_in_flight,
+        ),
+    )
+
+
+def processor_name(device: torch.device) -> str:
+    """What a profile of a device holds for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in names if line.startswith("model name")]
+    return f"{platform.machine()} CPU {models[0] if models else platform.processor()}"
+
+
+def _quick_points(
+    info: ExecutorInfo, max_model_len: int, max_num_batched_tokens: int
+) -> list[tuple[Row, ...]]:
+    """The least ones first: a decode, two lengths of prompts."""
+    context = max(1, min(_QUICK_CONTEXT, max_model_len))
+    most = min(max_model_len, max_num_batched_tokens)
+    points = [decodes(1, context)]
+    points += [(Row(before=0, count=count),) for count in (16, 64) if count <= most]
+    many = [n for n in (4, 8, 16, 32) if n <= min(info.max_num_seqs, max_num_batched_tokens)]
+    points += [decodes(n, context) for n in many]
+    points += [(*decodes(n, context), Row(before=0, count=64)) for n in many[:1] if most >= 64 + n]
+    points += [(Row(before=0, count=count),) for count in (256, 512) if count <= most]
+    return points
+
+
+def _quick_finetune(
+    executor: BatchExecutor, config: ProfileConfig, clock: Clock, until_s: float
+) -> list[_ServedStep]:
+    """Windows of growing size, two at least, so that a row's price is told from a token's."""
+    steps: list[_ServedStep] = []
+    for index, window in enumerate(_QUICK_WINDOWS):
+        start_s = clock.now_s()
+        last_s = steps[-1].device_s if steps else 0.0
+        # Two rounds of three windows, forward and backward, each about four times as long.
+        is_late = start_s + 24 * last_s > until_s
+        if 2 * window > config.max_model_len or (index >= 2 and is_late):
+            break
+        settings = FinetuneConfig(
+            policy=FinetunePolicy.FINETUNE_ONLY,
+            forward_window=window,
+            backward_window=window,
+            max_window_tokens=window,
+        )
+        adapter = AdapterSpec(rank=16)
+        lengths = (2 * window, window)
+        # Kernels are compiled when a window of a size is first seen.
+        for is_counted in (False, True):
+            found = _train(executor, config, adapter, clock, settings, lengths, num_requests=0)
+            steps += found if is_counted else []
+    return steps
 
 
 def _measure_device(

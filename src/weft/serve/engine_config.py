@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from weft.base.errors import ConfigError
 from weft.engine.config import check_whole
@@ -47,11 +48,14 @@ class EngineConfig:
     memory_budget_bytes: int | None = None
     """Of everything but the weights: the KV cache is a reserve in it, adapters and jobs get the
     rest."""
+    step_times: str = "off"
+    """Where predictions of iterations start: "auto" measures the executor once and keeps what it
+    found, "off" learns while it serves, a path is a file of `weft profile`."""
     builder: str = RUNTIME_BUILDER
     """`module:function` from an `EngineConfig` to a `BuiltExecutor`, imported in the engine."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "dtype", "device", "builder"):
+        for name in ("model", "dtype", "device", "step_times", "builder"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ConfigError(f"{name} is {value!r}; it must be a non-empty string")
@@ -83,6 +87,19 @@ class EngineInfo:
     """Time per output token that requests are promised."""
     slo_ttft_s: float = 1.0
     """Time to first token that they are promised."""
+    slo_ttft_by_prompt: tuple[tuple[int, float], ...] = ()
+    """(tokens, seconds): prompts of some lengths that are promised more, in between along lines."""
+
+    def slo_ttft_of(self, num_prompt_tokens: int) -> float:
+        """Time to first token that a prompt of so many tokens is promised."""
+        points = self.slo_ttft_by_prompt
+        if not points:
+            return self.slo_ttft_s
+        for (low, low_s), (high, high_s) in pairwise(points):
+            if num_prompt_tokens <= high:
+                share = (num_prompt_tokens - low) / (high - low)
+                return max(self.slo_ttft_s, low_s + share * (high_s - low_s))
+        return max(self.slo_ttft_s, points[-1][1])
 
     @property
     def kv_cache_bytes(self) -> int:

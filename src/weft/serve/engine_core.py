@@ -14,14 +14,16 @@ from weft.base.errors import (
     UnsupportedError,
 )
 from weft.base.trace import TraceWriter
+from weft.cost.step_time import StepTimeModel
 from weft.engine.batch import AdapterRef
 from weft.engine.config import PolicyConfig
 from weft.engine.coserve import CoServing
 from weft.engine.executor import AdapterHost, BatchExecutor
 from weft.engine.finetune import FinetuneEvent, FinetuneJobSpec
-from weft.engine.finetune_limits import FinetuneMemory
+from weft.engine.finetune_limits import FinetuneMemory, LatencySlo
 from weft.engine.job import FIRST_VERSION
 from weft.engine.loop import EngineLoop
+from weft.engine.pacing import prefill_shape
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.iteration_trace import TracedExecutor
@@ -42,6 +44,8 @@ class BuiltExecutor:
     sampling_defaults: dict[str, int | float] = field(default_factory=dict[str, int | float])
     finetune_memory: FinetuneMemory | None = None
     """What jobs may take; None leaves it unbounded."""
+    step_time: StepTimeModel | None = None
+    """Where predictions of its iterations start; None learns while serving."""
 
 
 class EngineCore:
@@ -70,6 +74,7 @@ class EngineCore:
                 info,
                 clock,
                 finetune=config.finetune,
+                step_time=built.step_time,
                 memory=built.finetune_memory,
             )
         except BaseException:
@@ -91,6 +96,9 @@ class EngineCore:
             page_bytes=info.page_bytes,
             slo_tpot_s=self._policy.slo.tpot_s,
             slo_ttft_s=self._policy.slo.ttft_s,
+            slo_ttft_by_prompt=_ttft_by_prompt(
+                self._policy.slo, built.step_time, built.max_model_len
+            ),
         )
 
     @property
@@ -242,6 +250,21 @@ class EngineCore:
     def close(self) -> None:
         """Give back memory and threads; writes the trace, if one was asked for."""
         self._executor.close()
+
+
+def _ttft_by_prompt(
+    slo: LatencySlo, model: StepTimeModel | None, max_model_len: int
+) -> tuple[tuple[int, float], ...]:
+    """Ten unloaded prefills, at lengths that double."""
+    if model is None or slo.ttft_prefills == 0:
+        return ()
+    lengths = [0, *(2**i for i in range(4, 31) if 2**i < max_model_len), max_model_len]
+    points: list[tuple[int, float]] = []
+    for length in lengths:
+        shape = prefill_shape(length)
+        seconds = model.device_s(shape) + model.host_s(shape)
+        points.append((length, slo.ttft_prefills * seconds))
+    return tuple(points)
 
 
 def _find_builder(name: str) -> Callable[[EngineConfig], BuiltExecutor]:

@@ -39,10 +39,18 @@ def _token_buckets(max_model_len: int) -> list[int]:
 class _Timing:
     """When things happened to one request."""
 
-    __slots__ = ("arrival_s", "first_token_s", "last_token_s", "num_tokens", "scheduled_s")
+    __slots__ = (
+        "arrival_s",
+        "first_token_s",
+        "last_token_s",
+        "num_tokens",
+        "scheduled_s",
+        "ttft_slo_s",
+    )
 
-    def __init__(self, arrival_s: float) -> None:
+    def __init__(self, arrival_s: float, *, ttft_slo_s: float) -> None:
         self.arrival_s = arrival_s
+        self.ttft_slo_s = ttft_slo_s
         self.scheduled_s = 0.0
         self.first_token_s = 0.0
         self.last_token_s: dict[int, float] = {}
@@ -117,7 +125,6 @@ class ServingMetrics:
             (*_LABELS, "objective", "attained"),
             registry=self._registry,
         )
-        self._slo_s = {"tpot": client.info.slo_tpot_s, "ttft": client.info.slo_ttft_s}
         self._rejections = Counter(
             "weft:admission_rejections",
             "Requests that a full queue turned away.",
@@ -135,8 +142,12 @@ class ServingMetrics:
 
     def started(self, live: LiveRequest) -> None:
         """A request goes to the engine."""
-        self._timings[live.request.id] = _Timing(live.request.arrival_s or time.monotonic())
-        self._prompt_tokens.observe(len(live.request.prompt_token_ids))
+        num_prompt = len(live.request.prompt_token_ids)
+        self._timings[live.request.id] = _Timing(
+            live.request.arrival_s or time.monotonic(),
+            ttft_slo_s=self._client.info.slo_ttft_of(num_prompt),
+        )
+        self._prompt_tokens.observe(num_prompt)
 
     def updated(self, live: LiveRequest, update: SequenceUpdate, now_s: float) -> None:
         """The engine sent news of a request."""
@@ -175,7 +186,7 @@ class ServingMetrics:
         if not timing.first_token_s:
             timing.first_token_s = now_s
             self._ttft.observe(now_s - timing.arrival_s)
-            self._judge("ttft", now_s - timing.arrival_s)
+            self._judge("ttft", now_s - timing.arrival_s, timing.ttft_slo_s)
         if previous_s is not None:
             self._inter_token.observe(now_s - previous_s)
         timing.last_token_s[choice] = now_s
@@ -188,10 +199,11 @@ class ServingMetrics:
         if num_tokens > 1:
             span_s = timing.last_token_s[choice] - timing.first_token_s
             self._per_output_token.observe(max(0.0, span_s) / (num_tokens - 1))
-            self._judge("tpot", max(0.0, span_s) / (num_tokens - 1))
+            tpot_s = max(0.0, span_s) / (num_tokens - 1)
+            self._judge("tpot", tpot_s, self._client.info.slo_tpot_s)
 
-    def _judge(self, objective: str, value_s: float) -> None:
-        attained = "true" if value_s <= self._slo_s[objective] else "false"
+    def _judge(self, objective: str, value_s: float, promised_s: float) -> None:
+        attained = "true" if value_s <= promised_s else "false"
         self._slo.labels(self._model_name, objective, attained).inc()
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 
 from weft.base.errors import ConfigError
 from weft.cost.finetune_memory import FinetuneSetting, finetune_bytes
+from weft.cost.fitted_step_time import VERSION, StepTimeProfile
 from weft.cost.shapes import ModelShape, load_shape
 from weft.engine.finetune import BackwardOrder, FinetuneJobSpec, OptimizerName
 from weft.engine.finetune_limits import FinetuneMemory
 from weft.runtime.adapter_store import AdapterStore
-from weft.runtime.build import ExecutorConfig, build_executor
+from weft.runtime.build import BuiltModel, ExecutorConfig, build_executor
 from weft.runtime.memory import free_memory_bytes
+from weft.runtime.serve_profiler import processor_name, quick_profile
 from weft.serve.engine_config import EngineConfig
 from weft.serve.engine_core import BuiltExecutor
+from weft.serve.step_times import find_step_times
 
 MAX_FINETUNE_SAMPLES = 8
 """In flight at once, over all jobs; short samples of one step share iterations."""
@@ -69,7 +73,43 @@ def build(config: EngineConfig) -> BuiltExecutor:
             budget_bytes=budget_bytes,
             adapter_bytes=adapter_bytes(built.executor.adapters, resolved.device, budget_bytes),
         ),
+        step_time=_step_times(config, built),
     )
+
+
+def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | None:
+    """A profile of this executor, measured here and now where none is known."""
+    resolved, info = built.resolved, built.executor.info
+    dtype = str(resolved.dtype).removeprefix("torch.")
+    device = f"{processor_name(resolved.device)}, {torch.get_num_threads()} threads"
+
+    def measure() -> StepTimeProfile:
+        return quick_profile(
+            built.executor,
+            max_model_len=resolved.max_model_len,
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            model=resolved.model_path.name,
+            dtype=dtype,
+            device=device,
+        )
+
+    settings = resolved.model_path / "config.json"
+    key = {
+        "weft": version("weft"),
+        "format": VERSION,
+        "config": settings.read_text(encoding="utf-8") if settings.exists() else "",
+        "dtype": dtype,
+        "device": f"{resolved.device} {device}",
+        "max_model_len": resolved.max_model_len,
+        "max_num_seqs": info.max_num_seqs,
+        "max_num_batched_tokens": resolved.max_num_batched_tokens,
+        "max_finetune_samples": info.max_finetune_samples,
+    }
+    try:
+        return find_step_times(config.step_times, key=key, measure=measure)
+    except BaseException:
+        built.executor.close()
+        raise
 
 
 def adapter_bytes(
