@@ -47,6 +47,29 @@ def test_an_adapter_is_written_and_progress_told(
         finetune.main(arguments)
 
 
+def test_recorded_windows_are_replayed(arguments: list[str], tmp_path: Path) -> None:
+    model, data, first = arguments[1], arguments[3], tmp_path / "first"
+    log = tmp_path / "windows"
+    with LLM(model, builder="serve.fake_engine:build", record_windows=log) as llm:
+        llm.finetune(
+            data,
+            adapter="job",
+            lora={"rank": 16, "alpha": 32.0},
+            num_epochs=2,
+            batch_size=2,
+            output_dir=first,
+        ).wait()
+    replay = ["--replay-windows", str(log / "job.jsonl")]
+    with pytest.raises(ConfigError, match="a replay runs from its start"):
+        finetune.main([*arguments, *replay, "--resume"])
+    with pytest.raises(ConfigError, match="does not fit this job"):
+        finetune.main([*arguments, *replay, "--seed", "3", "--batch-size", "4"])
+    (tmp_path / "out").rename(tmp_path / "failed")
+    assert finetune.main([*arguments, *replay]) == 0
+    wanted = (first / "final" / ADAPTER_FILE).read_text()
+    assert (tmp_path / "out" / ADAPTER_FILE).read_text() == wanted
+
+
 def test_a_run_that_failed_goes_on(arguments: list[str], tmp_path: Path) -> None:
     data = Path(arguments[3])
     whole = data.read_text()

@@ -49,6 +49,7 @@ FLAGS = {
     "--finetune-min-share",
     "--memory-budget",
     "--checkpoint-every",
+    "--record-windows",
     "--max-file-bytes",
     "--max-body-bytes",
     "--max-prompts",

@@ -73,11 +73,19 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint in --out")
     ] = False,
+    replay_windows: Annotated[
+        Path | None,
+        typer.Option(help="Window log of an earlier run (weft serve --record-windows) to repeat"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     num_threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
 ) -> None:
     """Train a LoRA adapter; it is written in PEFT's format."""
+    if resume and replay_windows is not None:
+        raise ConfigError(
+            "--resume and --replay-windows are both given; a replay runs from its start"
+        )
     _check_out(out, resume=resume)
     spec = AdapterSpec(
         rank=rank,
@@ -102,6 +110,7 @@ def finetune(
         num_threads=num_threads,
         max_num_seqs=1,
         finetune_config=FinetuneConfig(policy=FinetunePolicy.FINETUNE_ONLY),
+        replay_windows=replay_windows,
     ) as llm:
         job = llm.finetune(
             data,

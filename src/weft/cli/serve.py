@@ -140,11 +140,15 @@ def serve(
     ] = 0.0,
     memory_budget: Annotated[
         int | None,
-        _option("Bytes beside the weights: KV cache and finetuning jobs", _FINETUNING),
+        _option("Bytes beside the weights: KV cache, adapters and finetuning jobs", _FINETUNING),
     ] = None,
     checkpoint_every: Annotated[
         int, _option("Optimizer steps between a job's checkpoints", _FINETUNING)
     ] = 1,
+    record_windows: Annotated[
+        Path | None,
+        _option("Directory for the windows of every job, to replay them", _FINETUNING),
+    ] = None,
     max_body_bytes: Annotated[int, _option("Size of the body", _LIMITS)] = 16 * 2**20,
     max_file_bytes: Annotated[int, _option("Size of an uploaded file", _LIMITS)] = 128 * 2**20,
     max_prompts: Annotated[int, _option("Prompts of one completions request", _LIMITS)] = 1024,
@@ -187,6 +191,7 @@ def serve(
                 min_share=finetune_min_share,
             ),
             memory_budget_bytes=memory_budget,
+            record_windows=None if record_windows is None else str(record_windows),
             step_times=step_times,
         ),
         store=StoreConfig(

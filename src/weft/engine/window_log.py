@@ -2,12 +2,13 @@
 
 Which windows a job gets under load depends on what its neighbours leave, and windows decide in
 which order its gradients are summed. A recorded job can be trained again, alone, in the very same
-windows: where a row does not know its batch (docs/concepts/cpu-kernels.md), to the very same bits.
+windows, and so to the very same bits (`weft.engine.window_policies`).
 
 A log holds one job, as JSON lines. A line `{"job": ..., "start_step": k}` says that the job started
 with k steps done; what was logged beyond them was lost in a crash and is done again. Every other
-line is an iteration: what the policy granted, in its order: `["f", sample, tokens, only_cheap]`,
-`["b", sample, [[begin, end, first_layer, end_layer], ...]]`, `["s"]` for an optimizer step.
+line is an iteration: how many tokens of others stood beside the job's, and what the job was
+granted, in order: `["f", sample, tokens, only_cheap]` forward, `["b", sample, [[begin, end,
+first_layer, end_layer], ...]]` backward, `["s"]` an optimizer step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,8 @@ class LoggedIteration:
 
     is_timed: bool
     """As the room's."""
+    num_beside: int = 0
+    """Tokens of requests and of other jobs in the same batch."""
     grants: list[Grant] = field(default_factory=lambda: [])
 
 
@@ -78,23 +81,32 @@ class WindowRecorder:
         return self._room
 
     def end(self, part: FinetunePart | None) -> None:
-        """Write down what each job got. A log that cannot be written harms no job."""
+        """Nothing yet: what stands beside is known when the batch is made."""
+
+    def write(self, part: FinetunePart, *, num_tokens: int) -> None:
+        """Write down what each job got, in a batch of so many tokens of requests.
+
+        A log that cannot be written harms no job.
+        """
         room, self._room = self._room, None
-        if part is None or room is None:
+        if room is None:
             return
         lines: dict[str, list[str]] = {}
         for start in part.job_starts:
             done = steps_of_checkpoint(start.resume_from) if start.resume_from else 0
-            head = json.dumps({"job": start.job_id, "start_step": done})
+            # On a line of its own, whatever a killed process has left behind.
+            head = "\n" + json.dumps({"job": start.job_id, "start_step": done})
             lines.setdefault(start.job_id, []).append(head)
         # A step is granted to whoever asks; who it was, the part knows.
         stepped = iter(step.job_id for step in part.steps)
         by_job: dict[str, list[Grant]] = {}
         for job_id, grant in room.grants:
             by_job.setdefault(next(stepped) if job_id is None else job_id, []).append(grant)
+        num_all = num_tokens + part.num_forward_tokens
         for job_id, grants in by_job.items():
-            line = json.dumps({"timed": room.is_timed, "grants": grants}, separators=(",", ":"))
-            lines.setdefault(job_id, []).append(line)
+            own = sum(row.end - row.begin for row in part.forward if row.job_id == job_id)
+            entry = {"timed": room.is_timed, "beside": num_all - own, "grants": grants}
+            lines.setdefault(job_id, []).append(json.dumps(entry, separators=(",", ":")))
         for job_id, texts in lines.items():
             self._append(job_id, texts)
 
@@ -158,36 +170,50 @@ def read_window_log(path: str | Path) -> list[LoggedIteration]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"window log {path} cannot be read: {error}") from error
     found: list[LoggedIteration] = []
-    has_start = False
+    has_start, half = False, 0
     for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
-            fields = json.loads(line)
-            if "start_step" in fields:
-                _forget_after(found, int(fields["start_step"]))
-                has_start = True
-            else:
-                found.append(LoggedIteration(is_timed=fields["timed"], grants=fields["grants"]))
-        except (ValueError, TypeError, KeyError) as error:
-            # The last line may be half of one: the process died while it wrote.
-            if number < len(text.splitlines()):
-                raise ConfigError(f"window log {path}, line {number} is no entry") from error
+            entry = json.loads(line)
+            start_step = int(entry["start_step"]) if "start_step" in entry else None
+            if start_step is None:
+                found.append(_iteration(entry))
+        except (ValueError, TypeError, KeyError):
+            # A process that dies may leave half a line: the last one, or the one before a restart.
+            half = half or number
+            continue
+        if start_step is not None:
+            if not _forget_after(found, start_step):
+                raise ConfigError(
+                    f"window log {path} lacks steps before step {start_step}, where its job went "
+                    "on; only a job that was recorded from its start can be replayed"
+                )
+            has_start, half = True, 0
+        elif half:
+            raise ConfigError(f"window log {path}, line {half} is no entry")
     if not has_start:
         raise ConfigError(f"window log {path} does not say where its job starts; it is no such log")
-    return found
+    return [iteration for iteration in found if iteration.grants]
 
 
-def _forget_after(found: list[LoggedIteration], num_steps: int) -> None:
-    """Drop what was logged behind a number of steps."""
+def _iteration(entry: Mapping[str, Any]) -> LoggedIteration:
+    return LoggedIteration(
+        is_timed=entry["timed"], num_beside=entry["beside"], grants=entry["grants"]
+    )
+
+
+def _forget_after(found: list[LoggedIteration], num_steps: int) -> bool:
+    """Drop what was logged behind a number of steps; False if there are not so many."""
     left = num_steps
     for index, iteration in enumerate(found):
         for place, grant in enumerate(iteration.grants):
             if left == 0:
                 del iteration.grants[place:]
                 del found[index + 1 :]
-                return
+                return True
             left -= grant == _STEP
-    if left:
-        raise ValueError(f"{left} steps are missing before a restart")
+    return left == 0
 
 
 class WindowReplay:
@@ -196,15 +222,18 @@ class WindowReplay:
     def __init__(self, path: str | Path) -> None:
         """Read a log; raises as `read_window_log`."""
         self._path = path
-        self._left = deque(entry for entry in read_window_log(path) if entry.grants)
+        self._left = deque(read_window_log(path))
         self._room: _ReplayRoom | None = None
         self.num_iterations = 0
         """Replayed so far."""
+        self.num_beside = 0
+        """Of the iteration that is being filled: tokens of others in its batch."""
 
     def begin(self, room: Room) -> Room:
         """The next iteration of the log; nothing behind its end."""
         entry = self._left.popleft() if self._left else LoggedIteration(is_timed=False)
         self._room = _ReplayRoom(entry)
+        self.num_beside = entry.num_beside
         return self._room
 
     def end(self, part: FinetunePart | None) -> None:

@@ -48,6 +48,10 @@ class EngineConfig:
     memory_budget_bytes: int | None = None
     """Of everything but the weights: the KV cache is a reserve in it, adapters and jobs get the
     rest."""
+    record_windows: str | None = None
+    """Directory for the window log of every finetuning job."""
+    replay_windows: str | None = None
+    """A window log: the engine's one job goes through the windows that it names."""
     step_times: str = "off"
     """Where predictions of iterations start: "auto" measures the executor once and keeps what it
     found, "off" learns while it serves, a path is a file of `weft profile`."""
@@ -64,6 +68,8 @@ class EngineConfig:
             if value is not None:
                 check_whole(name, value, lowest)
         check_whole("seed", self.seed)
+        if self.record_windows is not None and self.replay_windows is not None:
+            raise ConfigError("record_windows and replay_windows are both given; give one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

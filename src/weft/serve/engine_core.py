@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 
 from weft.base.clock import Clock, WallClock
@@ -25,6 +26,8 @@ from weft.engine.job import FIRST_VERSION
 from weft.engine.loop import EngineLoop
 from weft.engine.pacing import prefill_shape
 from weft.engine.request import EngineStats, Request, SequenceUpdate
+from weft.engine.window_log import WindowRecorder, WindowReplay
+from weft.engine.window_policies import RecordingPolicy, ReplayingPolicy
 from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.iteration_trace import TracedExecutor
 from weft.serve.messages import FinetuneGauges, JobAction
@@ -55,6 +58,7 @@ class EngineCore:
         clock = clock or WallClock()
         if config.trace_path is not None:  # The file itself is written when all is done.
             TraceWriter.check_path(config.trace_path)
+        make_policy = _policy_of(config)  # Before the model loads.
         built = _find_builder(config.builder)(config)
         self._executor: BatchExecutor = built.executor
         self._host = built.executor if isinstance(built.executor, AdapterHost) else None
@@ -63,7 +67,7 @@ class EngineCore:
         """Versions to be unloaded once the last request that names them has ended."""
         try:
             info = self._executor.info
-            self._policy = CoServing(
+            self._policy = make_policy(
                 PolicyConfig(
                     max_model_len=built.max_model_len,
                     max_num_batched_tokens=built.max_num_batched_tokens,
@@ -265,6 +269,15 @@ def _ttft_by_prompt(
         seconds = model.device_s(shape) + model.host_s(shape)
         points.append((length, slo.ttft_prefills * seconds))
     return tuple(points)
+
+
+def _policy_of(config: EngineConfig) -> Callable[..., CoServing]:
+    """The policy, and who records or replays windows; a log that cannot be read is refused here."""
+    if config.record_windows is not None:
+        return partial(RecordingPolicy, recorder=WindowRecorder(config.record_windows))
+    if config.replay_windows is not None:
+        return partial(ReplayingPolicy, replay=WindowReplay(config.replay_windows))
+    return CoServing
 
 
 def _find_builder(name: str) -> Callable[[EngineConfig], BuiltExecutor]:

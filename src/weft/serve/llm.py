@@ -70,7 +70,8 @@ class LLM:
     """A model and its engine, in this process. A context manager; `close` gives everything back.
 
     `dtype` is auto, a name (float32, bfloat16, float16, float64; float and half for short) or one
-    of torch's own; a `seed` of None is 0.
+    of torch's own; a `seed` of None is 0. `record_windows` names a directory for the windows that
+    each finetuning job goes through; `replay_windows` is such a log, and trains in its windows.
 
     Raises:
         ModelLoadError: the model directory is missing, half-written or inconsistent.
@@ -96,6 +97,8 @@ class LLM:
         trace: str | PathLike[str] | None = None,
         finetune_config: FinetuneConfig | None = None,
         memory_budget_bytes: int | None = None,
+        record_windows: str | PathLike[str] | None = None,
+        replay_windows: str | PathLike[str] | None = None,
         builder: str = RUNTIME_BUILDER,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -118,6 +121,8 @@ class LLM:
                 trace_path=None if trace is None else str(trace),
                 finetune=finetune_config or FinetuneConfig(),
                 memory_budget_bytes=memory_budget_bytes,
+                record_windows=None if record_windows is None else str(record_windows),
+                replay_windows=None if replay_windows is None else str(replay_windows),
                 builder=builder,
             )
         )
