@@ -22,9 +22,11 @@ from weft.engine.finetune import (
     JobStatus,
     LossNormalization,
     StepMetrics,
+    StepOutcome,
     TrainingSample,
 )
 from weft.engine.finetune_limits import FinetuneConfig, FinetuneMemory, FinetunePolicy
+from weft.engine.job import Job
 from weft.engine.job_plan import JobPlan, sample_order
 from weft.engine.loop import EngineLoop
 from weft.engine.request import Request
@@ -263,6 +265,29 @@ def test_checkpoints_are_saved_and_a_resumed_job_does_the_rest(tmp_path) -> None
     policy.add_job(job(lengths=(5,) * 5, checkpoint_dir="d", resume_from="d/step-5"))
     assert statuses(drain(policy, executor)) == [JobStatus.RUNNING, JobStatus.SUCCEEDED]
     assert executor.finetune.steps == []
+
+
+@pytest.mark.parametrize(
+    ("save_s", "saved"),
+    [(0.01, [1, 2, 3, 4, 5, 6, 7, 8, 9]), (0.07, [1, 5, 9]), (9.0, [1, 9])],
+)
+def test_checkpoints_are_as_far_apart_as_they_cost(save_s: float, saved: list[int]) -> None:
+    """A step takes a second here, of which writing may take 2 %."""
+    running = Job(job(lengths=(5,) * 9, checkpoint_every=None, checkpoint_dir="d"), num_layers=2)
+    running.start()
+    found: list[str] = []
+    for number in range(9):
+        running.stepped()
+        path = running.due_checkpoint()
+        running.take_step(
+            StepOutcome(job_id="j", step=number, grad_norm=1.0), now_s=float(number + 1)
+        )
+        if path is not None:
+            found.append(path)
+            running.take_save(
+                CheckpointSaved(job_id="j", path=path, num_steps=number + 1, elapsed_s=save_s)
+            )
+    assert found == [f"d/step-{step}" for step in saved]
 
 
 # ---- pausing, cancelling, failing ----

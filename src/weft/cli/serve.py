@@ -143,8 +143,13 @@ def serve(
         _option("Bytes beside the weights: KV cache, adapters and finetuning jobs", _FINETUNING),
     ] = None,
     checkpoint_every: Annotated[
-        int, _option("Optimizer steps between a job's checkpoints", _FINETUNING)
-    ] = 1,
+        int | None,
+        _option(
+            "Optimizer steps between a job's checkpoints; default: 1, or more where writing one "
+            "would cost over 2 % of the time",
+            _FINETUNING,
+        ),
+    ] = None,
     record_windows: Annotated[
         Path | None,
         _option("Directory for the windows of every job, to replay them", _FINETUNING),
@@ -191,8 +196,8 @@ def serve(
                 min_share=finetune_min_share,
             ),
             memory_budget_bytes=memory_budget,
-            record_windows=None if record_windows is None else str(record_windows),
             step_times=step_times,
+            record_windows=None if record_windows is None else str(record_windows),
         ),
         store=StoreConfig(
             directory=data_dir, database_url=database_url, checkpoint_every=checkpoint_every

@@ -25,6 +25,10 @@ Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
 
+CHECKPOINT_SHARE = 0.02
+"""Of a job's time, what checkpoints may take where their distance is not given."""
+
+
 class LossNormalization(StrEnum):
     """What the summed loss of an optimizer step is divided by."""
 
@@ -162,8 +166,9 @@ class FinetuneJobSpec:
     tenant_weight: float = 1.0
     validate_every: int = 0
     """Optimizer steps between passes over `validation`; 0 means at the end of each epoch."""
-    checkpoint_every: int = 1
-    """Optimizer steps between checkpoints, where `checkpoint_dir` is set."""
+    checkpoint_every: int | None = 1
+    """Optimizer steps between checkpoints, where `checkpoint_dir` is set; None: as few as keep
+    writing below `CHECKPOINT_SHARE` of the time of the steps between."""
     checkpoint_dir: str | None = None
     """Checkpoints are written to `checkpoint_dir/step-N`, renamed in when they are whole."""
     resume_from: str | None = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from weft.engine.finetune import (
+    CHECKPOINT_SHARE,
+    CheckpointSaved,
     FinetuneJobSpec,
     JobStart,
     JobStatus,
@@ -100,6 +103,11 @@ class Job:
         self.active: list[ActiveSample] = []
         self.last_step_s = 0.0
         """When the latest step's result came, or the job started."""
+        self._save_s = 0.0
+        """Of the latest checkpoint; 0 before the first."""
+        self._step_s = math.inf
+        """Of the latest step, likewise endless."""
+        self._saved_step = 0
         self._losses: dict[int, LossSum] = {}
         self._step_of: dict[int, int] = {}
         self._validation = LossSum()
@@ -112,7 +120,7 @@ class Job:
         self.is_started = False
         self.step = steps_of_checkpoint(self.checkpoint) if self.checkpoint else 0
         self.step = min(self.step, self.plan.num_steps)
-        self.num_steps_done = self.step
+        self.num_steps_done = self._saved_step = self.step
         self.waiting.clear()
         self.active.clear()
         self._losses.clear()
@@ -181,7 +189,26 @@ class Job:
         version = FIRST_VERSION + self.life
         return save, PublishAdapter(job_id=spec.id, id=spec.id, version=version)
 
+    def due_checkpoint(self) -> str | None:
+        """Where the state after the steps scheduled is to be saved now; None where it is not.
+
+        The distance follows from what the latest checkpoint and the latest step took, unless it was
+        given; the last step is always saved.
+        """
+        path = self.plan.checkpoint_path(self.step)
+        if self.spec.checkpoint_every is None and self.step < self.plan.num_steps:
+            distance = self._save_s / (CHECKPOINT_SHARE * self._step_s) if self._step_s else 0.0
+            if self.step - self._saved_step < distance:
+                return None
+        self._saved_step = self.step
+        return path
+
     # ---- what came back ----
+
+    def take_save(self, saved: CheckpointSaved) -> None:
+        """A checkpoint is on disk; not the finished adapter."""
+        self.checkpoint = saved.path
+        self._save_s = saved.elapsed_s
 
     def take_loss(self, number: int, loss_sum: float, weight: float) -> None:
         """One window's loss."""
@@ -195,6 +222,7 @@ class Job:
         """A step is done; its metrics, unless a pass over the validation samples follows."""
         step, spec, plan = outcome.step, self.spec, self.plan
         self.num_steps_done = step + 1
+        self._step_s = now_s - self.last_step_s
         samples = plan.step_samples(step)
         for planned in samples:
             self._step_of.pop(planned.number, None)

@@ -118,11 +118,14 @@ class JobPlan:
         return bool(self._spec.validation) and num_steps_done > 0 and is_due
 
     def checkpoint_path(self, num_steps_done: int) -> str | None:
-        """Where the state after so many steps is saved; None where it is not."""
+        """Where the state after so many steps is saved; None where it is not.
+
+        Where the distance of checkpoints is left open, this is where each would be.
+        """
         spec = self._spec
         if spec.checkpoint_dir is None or num_steps_done == 0:
             return None
-        is_due = num_steps_done % max(1, spec.checkpoint_every) == 0
+        is_due = num_steps_done % max(1, spec.checkpoint_every or 1) == 0
         if not is_due and num_steps_done != self.num_steps:
             return None
         return f"{spec.checkpoint_dir}/step-{num_steps_done}"

@@ -375,7 +375,7 @@ class FinetuneJobs:
         part.steps.append(OptimizerStep(job_id=name, step=job.step, lr=lr))
         part.lives[name] = job.life
         job.stepped()
-        path = job.plan.checkpoint_path(job.step)
+        path = job.due_checkpoint()
         if path is not None:
             part.saves.append(SaveCheckpoint(job_id=name, path=path, num_steps=job.step))
 
@@ -434,7 +434,7 @@ class FinetuneJobs:
         for saved in outcome.saves:
             if job := self._current(saved.job_id, part):
                 if saved.path == job.plan.checkpoint_path(saved.num_steps):
-                    job.checkpoint = saved.path  # Else it is the finished adapter.
+                    job.take_save(saved)  # Else it is the finished adapter.
                 self._events.append(saved)
         for name in part.validated:
             if job := self._current(name, part):

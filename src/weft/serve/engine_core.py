@@ -256,6 +256,15 @@ class EngineCore:
         self._executor.close()
 
 
+def _policy_of(config: EngineConfig) -> Callable[..., CoServing]:
+    """The policy, and who records or replays windows; a log that cannot be read is refused here."""
+    if config.record_windows is not None:
+        return partial(RecordingPolicy, recorder=WindowRecorder(config.record_windows))
+    if config.replay_windows is not None:
+        return partial(ReplayingPolicy, replay=WindowReplay(config.replay_windows))
+    return CoServing
+
+
 def _ttft_by_prompt(
     slo: LatencySlo, model: StepTimeModel | None, max_model_len: int
 ) -> tuple[tuple[int, float], ...]:
@@ -269,15 +278,6 @@ def _ttft_by_prompt(
         seconds = model.device_s(shape) + model.host_s(shape)
         points.append((length, slo.ttft_prefills * seconds))
     return tuple(points)
-
-
-def _policy_of(config: EngineConfig) -> Callable[..., CoServing]:
-    """The policy, and who records or replays windows; a log that cannot be read is refused here."""
-    if config.record_windows is not None:
-        return partial(RecordingPolicy, recorder=WindowRecorder(config.record_windows))
-    if config.replay_windows is not None:
-        return partial(ReplayingPolicy, replay=WindowReplay(config.replay_windows))
-    return CoServing
 
 
 def _find_builder(name: str) -> Callable[[EngineConfig], BuiltExecutor]:

@@ -83,8 +83,8 @@ class FinetuneServiceConfig:
     base_names: tuple[str, ...]
     """Names of the model that jobs may start from; the first is in the results' names."""
     max_model_len: int
-    checkpoint_every: int = 1
-    """Optimizer steps between checkpoints."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; None: as few as cost little."""
 
 
 class FinetuneService:

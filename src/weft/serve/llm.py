@@ -223,7 +223,7 @@ class LLM:
         seed: int = 0,
         max_sample_tokens: int | None = None,
         overlong_samples: str = "refuse",
-        checkpoint_every: int = 1,
+        checkpoint_every: int | None = None,
         output_dir: str | PathLike[str] | None = None,
         resume_from: str | PathLike[str] | None = None,
         initial_adapter: str | PathLike[str] | None = None,

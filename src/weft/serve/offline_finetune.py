@@ -63,7 +63,8 @@ class FinetuneSettings:
     max_sample_tokens: int | None = None
     """None: what the model's context holds."""
     overlong_samples: OverlongSamples = OverlongSamples.REFUSE
-    checkpoint_every: int = 1
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; None: 1, or more where writing one costs over 2 %."""
     output_dir: str | None = None
     """Where checkpoints (`step-N`) and the finished adapter (`final`) go; None keeps neither."""
     resume_from: str | None = None

@@ -41,18 +41,20 @@ class StoreConfig:
     """Where files, jobs and adapters are kept.
 
     Raises:
-        ConfigError: `checkpoint_every` is below 1.
+        ConfigError: `checkpoint_every` is given and below 1.
     """
 
     directory: Path | None = None
     """None: a temporary one, gone with the server."""
     database_url: str | None = None
     """None: SQLite in the directory."""
-    checkpoint_every: int = 1
-    """Optimizer steps of a job between its checkpoints."""
+    checkpoint_every: int | None = None
+    """Optimizer steps of a job between its checkpoints; None: 1, or more where writing one would
+    cost over 2 % of the time."""
 
     def __post_init__(self) -> None:
-        check_whole("checkpoint_every", self.checkpoint_every, 1)
+        if self.checkpoint_every is not None:
+            check_whole("checkpoint_every", self.checkpoint_every, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
