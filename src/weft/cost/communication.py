@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weft.cluster.cluster import Cluster
-from weft.cluster.device import Link
+from weft.cluster.device import DeviceType, Link
+from weft.cost.training import TrainingSpec
 from weft.graph.graph import Op
 
 
 class Communication:
-    """Mixin: affine point-to-point messages, ring all-reduce, nothing reserved."""
+    """Mixin: affine messages, ring all-reduce; updates cost nothing, and nothing is reserved."""
 
     __slots__ = ()
 
@@ -32,6 +33,10 @@ class Communication:
         links = [cluster.link(a, b) for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
         step_s = max(self.transfer_s(num_bytes / n, link) for link in links)
         return 2 * (n - 1) * step_s
+
+    def step_s(self, num_params: int, training: TrainingSpec, device_type: DeviceType) -> float:
+        """0: what an optimizer takes is known where it was measured alone."""
+        return 0.0
 
     def reserved_bytes(self, op: Op, local_samples: int) -> int:
         """0: torch's kernels keep nothing beyond what capture counts as saved."""

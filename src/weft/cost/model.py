@@ -9,6 +9,7 @@ from typing import Protocol
 from weft.base.errors import ConfigError
 from weft.cluster.cluster import Cluster
 from weft.cluster.device import DeviceType, Link
+from weft.cost.training import TrainingSpec
 from weft.graph.graph import Op
 
 
@@ -62,6 +63,10 @@ class CostModel(Protocol):
 
     def all_reduce_s(self, num_bytes: float, devices: Sequence[int], cluster: Cluster) -> float:
         """Seconds of a ring all-reduce of `num_bytes` over these device indices."""
+        ...
+
+    def step_s(self, num_params: int, training: TrainingSpec, device_type: DeviceType) -> float:
+        """Seconds of the optimizer's update of so many parameters on one device."""
         ...
 
     def reserved_bytes(self, op: Op, local_samples: int) -> int:

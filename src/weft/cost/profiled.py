@@ -14,6 +14,7 @@ from weft.base.errors import ConfigError
 from weft.cluster.device import DeviceType
 from weft.cost.communication import Communication
 from weft.cost.model import CostModel, OpCost, Parallel
+from weft.cost.training import TrainingSpec
 from weft.graph.graph import Op
 
 PROFILE_FORMAT = "weft-block-profile-1"
@@ -72,7 +73,17 @@ class BlockProfile:
     dtype: str
     blocks: Mapping[str, BlockTimes]
     graph_digest: str = ""
+    update_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Seconds per parameter of one update, by optimizer: "sgd" and "adam"."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        for name, seconds in self.update_s.items():
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ConfigError(
+                    f"profile of {self.model!r}: an update by {name!r} takes {seconds} s a "
+                    "parameter; it must be finite and >= 0"
+                )
 
     def to_json(self) -> str:
         """The profile as JSON text."""
@@ -141,6 +152,16 @@ class ProfiledCost(Communication):
         return OpCost(
             forward_s=cost.forward_s / parallel.tp, backward_s=cost.backward_s / parallel.tp
         )
+
+    def step_s(self, num_params: int, training: TrainingSpec, device_type: DeviceType) -> float:
+        """By the measured seconds per parameter, 0 where an older profile has none.
+
+        With 12 bytes of state or more beside the weight (a gradient and two moments in fp32) the
+        update is Adam's, else plain SGD's.
+        """
+        del device_type
+        state_bytes = training.state_bytes_per_param - training.weight_bytes_per_param
+        return num_params * self.profile.update_s.get("adam" if state_bytes >= 12 else "sgd", 0.0)
 
     def reserved_bytes(self, op: Op, local_samples: int) -> int:
         """Measured scratch memory, 0 where none was recorded."""

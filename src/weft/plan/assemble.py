@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from weft.graph.graph import Graph
+from weft.graph.graph import Graph, Parameter
 from weft.plan.cost_table import CostTable, StageTable, Variant, distinct_bytes, divisors
 from weft.plan.in_flight import in_flight_samples
 from weft.plan.placement import place, stage_order
@@ -241,7 +241,16 @@ def _stage(
         forward_s={b: forward_s for b, (forward_s, _) in seconds.items()},
         backward_s={b: backward_s for b, (_, backward_s) in seconds.items()},
         all_reduce_s=_all_reduce_s(table, choice, devices, gradient_bytes),
+        step_s=_step_s(table, parameters, tp, devices),
     )
+
+
+def _step_s(
+    table: CostTable, parameters: Sequence[Parameter], tp: int, devices: tuple[int, ...]
+) -> float:
+    num_params = sum(p.num_elements for p in parameters if p.trainable)
+    device_type = table.cluster.devices[devices[0]].type
+    return table.cost.step_s(num_params, table.training, device_type) / tp
 
 
 def _seconds(

@@ -168,6 +168,7 @@ def _durations_s(plan: TrainPlan, columns: Program, share: float) -> NDArray[np.
             ActionKind.W: backward_s - backward_s * share,
             ActionKind.RECOMPUTE: forward_s,
             ActionKind.REDUCE_GRAD: stage.all_reduce_s,
+            ActionKind.STEP: stage.step_s,
         }.items():
             by_kind[CODE[kind], stage.index] = seconds
     return by_kind[columns.kind, columns.stage]

@@ -34,8 +34,8 @@ class Stage:
     kept from forward to backward, `input_bytes_per_sample` arriving from other stages, and
     `reserved_bytes` of scratch at this micro-batch size. `forward_s`, `backward_s` are seconds of
     one micro-batch, by micro-batch size, tensor-parallel collectives included, messages to other
-    stages not; with `recompute` the backward includes the second forward. `all_reduce_s` is paid
-    once per step. A `frozen` stage has no backward.
+    stages not; with `recompute` the backward includes the second forward. `all_reduce_s` and
+    `step_s`, the optimizer's update, are paid once per step. A `frozen` stage has no backward.
     """
 
     index: int
@@ -58,6 +58,7 @@ class Stage:
     input_bytes_per_sample: int = 0
     reserved_bytes: int = 0
     all_reduce_s: float = 0.0
+    step_s: float = 0.0
 
     @property
     def dp(self) -> int:
@@ -319,7 +320,7 @@ _STAGE_KINDS = {
     **dict.fromkeys(("index", "micro_batch", "in_flight", "k"), _WHOLE),
     **dict.fromkeys(("param_bytes", "gradient_bytes", "state_bytes", "reserved_bytes"), _NUMBER),
     **dict.fromkeys(("saved_bytes_per_sample", "input_bytes_per_sample"), _NUMBER),
-    "all_reduce_s": _NUMBER,
+    **dict.fromkeys(("all_reduce_s", "step_s"), _NUMBER),
 }
 
 _EDGE_KINDS = {

@@ -83,6 +83,7 @@ def profile_blocks(
         dtype=graph.dtype,
         blocks=blocks,
         graph_digest=graph.digest,
+        update_s=_measure_updates(config, device),
         environment={
             "torch": torch.__version__,
             "machine": platform.machine(),
@@ -139,6 +140,27 @@ def _measure_block(
         forward_s=tuple(forward_s),
         backward_s=tuple(backward_s),
     )
+
+
+_UPDATED_PARAMS = 2**20
+"""Parameters of the tensor that updates are measured on: more than caches hold, with its state."""
+
+
+def _measure_updates(config: ProfilerConfig, device: torch.device) -> dict[str, float]:
+    """Seconds per parameter of an update, by optimizer."""
+    found: dict[str, float] = {}
+    for name, make in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)):
+        held = [torch.nn.Parameter(torch.zeros(_UPDATED_PARAMS, device=device)) for _ in range(4)]
+        optimizer = make(held, lr=1e-3)
+        times_s: list[float] = []
+        for _ in range(config.num_repeats + 1):
+            for p in held:
+                p.grad = torch.ones_like(p)
+            started_s = _now(device)
+            optimizer.step()
+            times_s.append(_now(device) - started_s)
+        found[name] = statistics.median(times_s[1:]) / (len(held) * _UPDATED_PARAMS)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
