@@ -56,7 +56,7 @@ def train(directory: Path, plan: Path, kills: list[dict[str, Any]], num_steps: i
         },
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert ended.returncode == 0, ended.stderr
 
@@ -91,6 +91,7 @@ def check_kills(tmp_path: Path, plan_name: str, num_kills: int, first_kind: int 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("first_kind", [0, 2])
 @pytest.mark.parametrize("plan_name", PLANS)
 def test_killed_ranks_lose_nothing_but_the_steps_since_the_last_save(
