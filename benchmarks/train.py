@@ -86,7 +86,7 @@ def overhead(options: argparse.Namespace) -> tuple[list[Row], Any]:
     """Seconds that one more micro-batch costs where there is nothing to compute."""
     counts = [8, 32, 64, 128]
     found = on_ranks(
-        2, "train_bench.chain:overhead", counts=counts, num_rounds=max(5, options.pairs // 2)
+        2, "train_bench.chain:overhead", counts=counts, num_rounds=max(5, options.pairs)
     )
     slopes: list[list[float]] = [[], []]
     for round_ in range(len(found["rounds"]["8"])):

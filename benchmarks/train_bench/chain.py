@@ -151,8 +151,11 @@ def overhead(counts: list[int], num_rounds: int) -> Any:
         for run in pair:
             timed(run)
     started_s = time.perf_counter()
-    found = {
-        str(count): [[timed(ours), timed(theirs)] for _ in range(num_rounds)]
-        for count, (ours, theirs) in runs.items()
-    }
+    found: dict[str, list[list[float]]] = {str(count): [] for count in counts}
+    for index in range(num_rounds):
+        # All counts of a round within moments, so that a slow spell bends no slope.
+        for count, pair in runs.items():
+            order = (0, 1) if index % 2 else (1, 0)
+            seconds = {side: timed(pair[side]) for side in order}
+            found[str(count)].append([seconds[0], seconds[1]])
     return {"rounds": found, "seconds": time.perf_counter() - started_s}

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from train_bench.pool import executor, timed
+from train_bench.sleep_runs import local_link
 from train_bench.sleepers import plan_of
 from weft.cost.profiled import BlockProfile, ProfiledCost
 from weft.graph.coarsen import coarsen
@@ -24,6 +25,7 @@ MAX_BLOCKS = 16
 def predictions(cases: list[dict[str, Any]], num_steps: int) -> Any:
     """For each case the simulated step time and the medians of two runs."""
     found = []
+    link = local_link()
     for case in cases:
         torch.manual_seed(0)
         sizes = case["sizes"]
@@ -43,8 +45,9 @@ def predictions(cases: list[dict[str, Any]], num_steps: int) -> Any:
             ProfiledCost(profile=profile),
             batch_size=case["batch_size"],
             micro_batch=case["micro_batch"],
+            link=link,
         )
-        plan = at_operators(planned, capture.graph)
+        plan = at_operators(planned, capture.graph, MAX_BLOCKS)
         ids = torch.randint(sizes["vocab"], (case["batch_size"], sizes["seq"]))
         runtime = executor(model.module, capture, plan, [((ids,), (ids,))])
         timed(lambda r=runtime: list(r.steps(2)))

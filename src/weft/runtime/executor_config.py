@@ -31,10 +31,10 @@ class ExecutorConfig:
 
     `accumulate` batches make one optimizer step. `autocast` is the dtype of autocast regions around
     every stage, in which tensors between stages then travel; parameters and sums of gradients keep
-    theirs. `receive_ahead` is the number of receives posted before they are needed. `record` keeps
-    the times of the last steps' actions. With `own_modules` a stage calls the user's submodules
-    that lie whole in it, so that forward hooks fire and torch.compile is obeyed; else, and under
-    schedules that split the backward, it runs from the exported graph alone.
+    theirs. `receive_ahead` is for how many actions receives are posted before they are needed.
+    `record` keeps the times of the last steps' actions. With `own_modules` a stage calls the user's
+    submodules that lie whole in it, so that forward hooks fire and torch.compile is obeyed; else,
+    and under schedules that split the backward, it runs from the exported graph alone.
     `parallelize(stage_module, mesh)` may shard a stage over its data-parallel ranks (FSDP2) and
     returns the module to call; `mesh` has one axis, or is None for a stage on one rank and over
     loopback; stages then run from the exported graph.
@@ -46,7 +46,7 @@ class ExecutorConfig:
     autocast: torch.dtype | None = None
     seed: int = 0
     bucket_bytes: int = 25 * 2**20
-    receive_ahead: int = 4
+    receive_ahead: int = 2
     device: str = "cpu"
     record: bool = False
     own_modules: bool = True

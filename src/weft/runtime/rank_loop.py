@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -79,13 +80,24 @@ class _Segment:
         receives = tuple(one for one in actions if one.action.kind in RECV_KINDS)
         posted: list[int] = []
         last_backward: dict[int, int] = {}
-        num_received, last_forward = 0, -1
+        last_forward = -1
+        # RECVs in a row are one wave: what joins several edges needs all of them.
+        waves: list[int] = []
+        row_waves: list[int] = []
+        was_receive = False
+        for one in actions:
+            is_receive = one.action.kind in RECV_KINDS
+            if is_receive:
+                if not was_receive:
+                    waves.append(0)
+                waves[-1] += 1
+            row_waves.append(len(waves) - is_receive)
+            was_receive = is_receive
+        ends = [0, *accumulate(waves)]
         for row, one in enumerate(actions):
-            posted.append(min(len(receives), num_received + receive_ahead))
+            posted.append(ends[min(len(waves), row_waves[row] + receive_ahead)])
             kind = one.action.kind
-            if kind in RECV_KINDS:
-                num_received += 1
-            elif kind in (ActionKind.B, ActionKind.W):
+            if kind in (ActionKind.B, ActionKind.W):
                 last_backward[one.action.stage] = row
             elif kind is ActionKind.F:
                 last_forward = row
