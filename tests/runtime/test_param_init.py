@@ -114,3 +114,10 @@ def test_files_of_another_dtype_are_read_in_the_models(tmp_path: Path) -> None:
     found = SafetensorsWeights(tmp_path).load(names(module), module)
     assert {value.dtype for value in found.values()} == {torch.float32}
     assert torch.equal(found["weight"], halves["weight"].float())
+
+
+def test_values_that_would_be_lost_are_refused() -> None:
+    state = nn.Linear(2, 2).state_dict()
+    with empty_parameters(), pytest.raises(UnsupportedError, match="would be lost"):
+        nn.Linear(2, 2).load_state_dict(state)
+    nn.Linear(2, 2).load_state_dict(state)

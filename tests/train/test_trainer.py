@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 
 from train.small import chain_plan, data, model
@@ -35,7 +36,7 @@ from weft.train.config import OptimizerName, TrainConfig
 from weft.train.data import TrainData
 from weft.train.export import export_directory
 from weft.train.run_dir import read_metrics
-from weft.train.trainer import Trainer, _check_weights
+from weft.train.trainer import Trainer, _check_weights, _idle_scheduler
 
 
 def trainer(run_dir: Path, num_steps: int = 6, *, stages: int = 3, **options: Any) -> Trainer:
@@ -315,6 +316,31 @@ def test_groups_of_parameters_resume_by_name_under_another_plan(tmp_path: Path) 
                 assert group["lr"] == (1e-3 if is_bias else 1e-2) / 4
     made(4, 3).run()
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["lr"] in (1e-3 / 4, 1e-2 / 4)
+
+
+def test_a_learning_rate_in_a_tensor_resumes(tmp_path: Path) -> None:
+    def made(num_steps: int) -> Trainer:
+        zoo = model(double=True)
+        return Trainer(
+            plan=chain_plan(zoo.trace(), 1),
+            model=zoo,
+            data=data(),
+            config=TrainConfig(num_steps=num_steps, run_dir=tmp_path),
+            optimizer=lambda held: AdamW(list(held.values()), lr=torch.tensor(0.5)),
+            scheduler=lambda optimizer: ExponentialLR(optimizer, 0.5),
+        )
+
+    made(2).run()
+    (rank,) = made(4).executor.ranks
+    assert rank.optimizer is not None
+    assert rank.optimizer.param_groups[0]["lr"] == torch.tensor(0.125)
+
+
+def test_a_rank_that_trains_nothing_tells_the_learning_rate(tmp_path: Path) -> None:
+    config = TrainConfig(num_steps=4, run_dir=tmp_path, schedule=ScheduleName.LINEAR, lr=0.5)
+    scheduler = _idle_scheduler(config)
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.375]
 
 
 def test_a_resume_with_another_optimizer_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from weft.train.launch import (
     note_failure,
     process_group,
 )
-from weft.train.trainer import Trainer, print_progress
+from weft.train.trainer import Trainer, TrainReport, print_progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -133,10 +133,29 @@ def _read_plan(path: Path) -> TrainPlan:
         raise ConfigError(f"cannot read plan {path}: {error.strerror}") from None
 
 
-def load_model(spec: str, options: list[str] | None) -> ZooModel:
-    """The model with large parameters on the meta device: a rank fills in only its own."""
+def load_model(spec: str, options: list[str] | None, *, has_weights: bool = False) -> ZooModel:
+    """The model with large parameters on the meta device: a rank fills in only its own.
+
+    Raises:
+        ConfigError: its function loads trained weights, which would be lost, and none are given.
+    """
     with empty_parameters():
-        return resolve_model(spec, parse_options(options or []), device="cpu")
+        found = resolve_model(spec, parse_options(options or []), device="cpu")
+    # transformers' from_pretrained notes where it read, and returns a model in eval mode; one made
+    # from a configuration's file has the path, too.
+    source = next((p for m in found.module.modules() if (p := _pretrained_path(m))), "")
+    if source and not has_weights:
+        raise ConfigError(
+            f"--module {spec!r} loads the weights of {source!r}, but ranks build the model without "
+            "values and fill in their own parts; give the directory as --weights, and build the "
+            "module from its configuration"
+        )
+    return found
+
+
+def _pretrained_path(module: Any) -> str:
+    path = getattr(module, "name_or_path", "")
+    return path if isinstance(path, str) and not module.training else ""
 
 
 def load_data(spec: str, options: list[str] | None) -> TrainData:
@@ -189,7 +208,7 @@ def _work(
             torch.manual_seed(config.seed)
             trainer = Trainer(
                 plan=plan,
-                model=load_model(module, option),
+                model=load_model(module, option, has_weights=weights is not None),
                 data=load_data(data, data_option),
                 config=config,
                 weights=SeededWeights(config.seed)
@@ -200,7 +219,7 @@ def _work(
                 trainer.on_step = print_progress()
             report = trainer.run()
             if trainer.is_first:
-                _print_report(report.num_steps, report.loss, report.samples_per_s, config)
+                print(_account(report, config), flush=True)
     except Exception as error:
         if not isinstance(error, WeftError):
             logging.getLogger("weft.train").exception("rank %d failed", rank)
@@ -218,9 +237,13 @@ def _check_world(plan: TrainPlan) -> None:
         )
 
 
-def _print_report(num_steps: int, loss: float, samples_per_s: float, config: TrainConfig) -> None:
-    print(
-        f"{num_steps} steps, loss {loss:.5g}, {samples_per_s:.1f} samples/s; run in "
-        f"{config.run_dir}",
-        flush=True,
+def _account(report: TrainReport, config: TrainConfig) -> str:
+    """One line on how the run ended."""
+    done, where = report.num_steps, f"run in {config.run_dir}"
+    if report.first_step >= config.num_steps:
+        return f"nothing left to do: {done} steps were done before; {where}"
+    stopped = f", of {config.num_steps}: stopped by SIGTERM, with a checkpoint"
+    return (
+        f"{done} steps{stopped if report.was_stopped else ''}, loss {report.loss:.5g}, "
+        f"{report.samples_per_s:.1f} samples/s; {where}"
     )

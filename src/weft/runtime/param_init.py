@@ -185,9 +185,10 @@ def empty_parameters() -> Iterator[None]:
     """Inside, modules that can initialise themselves get their parameters on the meta device.
 
     Buffers, and parameters of modules without `reset_parameters`, keep the values that they are
-    built with; so at no time more than one large parameter takes memory.
+    built with; so at no time more than one large parameter takes memory. `load_state_dict` raises
+    UnsupportedError: its values would be lost.
     """
-    register = nn.Module.register_parameter
+    register, load_state = nn.Module.register_parameter, nn.Module.load_state_dict
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # One that is empty already may be tied to another module: it stays the same object.
@@ -195,11 +196,20 @@ def empty_parameters() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
+    def refuse_state(module: nn.Module, *_: Any, **__: Any) -> None:
+        raise UnsupportedError(
+            f"{type(module).__name__}.load_state_dict was called while the model is built without "
+            "values, so what it loads would be lost; give trained weights as SafetensorsWeights "
+            "(`weft train --weights`)"
+        )
+
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.load_state_dict = refuse_state  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.load_state_dict = load_state  # type: ignore[method-assign]
 
 
 def _reset_of(owner: nn.Module, root: nn.Module) -> Callable[[nn.Module], Any] | None:

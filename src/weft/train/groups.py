@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from weft.runtime.rank_state import RankState
@@ -31,9 +32,10 @@ class GroupState:
 def plain_values(state: Mapping[str, Any]) -> dict[str, Any]:
     """What of a state dict JSON can hold; the rest is made again by its factory."""
     return {
-        key: value
+        key: value.item() if isinstance(value, Tensor) else value
         for key, value in state.items()
         if isinstance(value, (int, float, str, bool))
+        or (isinstance(value, Tensor) and not value.dim())
         or (isinstance(value, list) and all(isinstance(v, (int, float)) for v in value))
     }
 
@@ -66,8 +68,10 @@ def restore_groups(rank: RankState, saved: Sequence[GroupState]) -> None:
     state_of = {name: state for state in saved for name in state.names}
     for group, names in zip(rank.optimizer.param_groups, _names(rank), strict=True):
         state = next((state_of[name] for name in names if name in state_of), None)
-        if state is not None:
-            group.update(_merged(plain_values(group), state, rank.rank))
+        if state is None:
+            continue
+        for key, value in _merged(plain_values(group), state, rank.rank).items():
+            _set(group, key, value)
 
 
 def _merged(fresh: Mapping[str, Any], state: GroupState, rank: int) -> dict[str, Any]:
@@ -95,8 +99,16 @@ def restore_scheduler(scheduler: LRScheduler, saved: Mapping[str, Any]) -> None:
         for group, base, share in zip(
             groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
-            group["lr"] = base * share(scheduler.last_epoch)
+            _set(group, "lr", base * share(scheduler.last_epoch))
     scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    held = group.get(key)
+    if isinstance(held, Tensor):
+        held.fill_(value)  # Such as a learning rate that a compiled step reads.
+    else:
+        group[key] = value
 
 
 def _names(rank: RankState) -> list[tuple[str, ...]]:

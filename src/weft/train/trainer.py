@@ -172,6 +172,9 @@ class Trainer:
             for rank in self.executor.ranks
             if rank.optimizer is not None
         ]
+        if not self.schedulers and scheduler is None:
+            # This rank trains nothing, and yet tells the learning rate.
+            self.schedulers.append(_idle_scheduler(config))
         self._constants = _constants(model.module, self.capture)
         self._initial = [
             [] if rank.optimizer is None else initial_values(rank.optimizer)
@@ -424,7 +427,9 @@ class Trainer:
                 f"--tensorboard needs the tensorboard package ({error}); install "
                 "weft[tensorboard] or leave the option out"
             ) from None
-        with SummaryWriter(str(self.run_dir.path / "tensorboard")) as writer:
+        path = str(self.run_dir.path / "tensorboard")
+        # Steps that a resumed run does again are told once.
+        with SummaryWriter(path, purge_step=self.first_step + 1) as writer:
             yield writer
 
 
@@ -448,6 +453,13 @@ def _check_same(world: World, plan: TrainPlan, config: TrainConfig) -> None:
                     f"rank {rank} was started with another {what} than rank 0 ({theirs} and "
                     f"{ours}); give every rank the same"
                 )
+
+
+def _idle_scheduler(config: TrainConfig) -> LRScheduler:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(0))], lr=config.lr)
+    scheduler = scheduler_factory(config)(optimizer)
+    optimizer.step()  # A scheduler warns where its optimizer never steps.
+    return scheduler
 
 
 def _own_weights(module: nn.Module, seed: int) -> WeightSource:
