@@ -252,6 +252,7 @@ def test_other_adapters_are_taken(
         ({"weft": {"lora": {"dropout": 1.0}}}, "dropout"),
         ({"weft": {"lora": {"target_modules": ["w_proj"]}}}, "match no module"),
         ({"weft": {"lora": {"target_modules": ["q_proj", "w_proj"]}}}, "'w_proj' is unknown"),
+        ({"weft": {"lora": {"target_modules": "((.+)+)+!"}}}, "takes too long to match"),
         ({"weft": {"lora": {"rank": 4}}}, "unknown parameter: 'weft.lora.rank'"),
         ({"weft": {"lora": {}, "ia3": {}}}, "give one adapter"),
         ({"weft": {"ia3": {"target_modules": ["mlp"]}}}, "match no module"),

@@ -43,6 +43,7 @@ from weft.serve.finetune_data import Example, OverlongSamples, encode_examples, 
 from weft.serve.finetune_objects import metrics_csv, model_name
 from weft.serve.finetuned_models import FinetunedModels
 from weft.serve.messages import JobAction
+from weft.serve.pattern_check import check_patterns
 from weft.serve.records import (
     NotFoundError,
     Page,
@@ -172,6 +173,7 @@ class FinetuneService:
             num_samples=len(examples.training),
             max_model_len=self._config.max_model_len,
         )
+        await check_patterns(settings.adapter())
         samples, checked = await asyncio.to_thread(self._encode, settings, examples)
         job = StoredJob(
             id=f"ftjob-{uuid.uuid4().hex[:24]}",
