@@ -192,6 +192,7 @@ def edit(directory: Path, change: dict[str, Any]) -> None:
         ({"r": 257}, "rank is 257"),
         ({"r": "8"}, "r is '8'"),
         ({"lora_alpha": -1}, "alpha is -1"),
+        ({"lora_alpha": 10**400}, "lora_alpha is beyond"),
         ({"target_modules": None}, "target_modules is None"),
         ({"target_modules": ["lm_head"]}, "does not fit this model: target_modules"),
         ({"target_modules": ["q_proj", "w2"]}, "'w2' is unknown"),
@@ -205,6 +206,15 @@ def test_what_is_wrong_is_said(change: dict[str, Any], said: str, tmp_path: Path
     peft_model("qwen2", CONFIGS["list"]()).save_pretrained(str(tmp_path))
     edit(tmp_path, change)
     with pytest.raises(AdapterLoadError, match=said):
+        read_adapter(tmp_path, config_of("qwen2"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_weights_of_other_kinds_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    peft_model("qwen2", CONFIGS["list"]()).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(AdapterLoadError, match=f"holds {dtype}; it must hold float32"):
         read_adapter(tmp_path, config_of("qwen2"), dtype=torch.float32)
 
 

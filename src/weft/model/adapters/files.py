@@ -48,6 +48,7 @@ _OUR_KEYS = (
     "layers_to_transform",
     "activation",
 )
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PEFT_PREFIX = "base_model.model."
 _SUFFIXES = {
     "A": "lora_A.weight",
@@ -207,8 +208,11 @@ def _read_tensor(file: Any, path: Path, target: BypassTarget, name: str) -> Tens
             "the adapter was made for another base model, or its rank is not what it says"
         )
     tensor = file.get_tensor(tensor_name)
-    if not tensor.is_floating_point():
-        raise AdapterLoadError(f"{path}: {tensor_name} holds {tensor.dtype}; floats are needed")
+    if tensor.dtype not in _DTYPES:
+        raise AdapterLoadError(
+            f"{path}: {tensor_name} holds {tensor.dtype}; it must hold float32, bfloat16, float16 "
+            "or float64"
+        )
     if not torch.isfinite(tensor).all():
         raise AdapterLoadError(f"{path}: {tensor_name} holds NaN or infinity")
     return tensor

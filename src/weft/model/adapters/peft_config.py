@@ -53,6 +53,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "layers_pattern": ("layers", ["layers"]),
     "task_type": ("CAUSAL_LM",),
 }
+_MOST = 2**63
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "arrow_config": "Arrow routing (arrow_config)",
@@ -182,6 +183,8 @@ def _number(raw: Mapping[str, Any], key: str, default: float, *, whole: bool = F
     value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ConfigError(f"{key} is {value!r}; it must be a {'whole ' if whole else ''}number")
+    if abs(value) > _MOST:  # JSON's numbers know no bound, floats do.
+        raise ConfigError(f"{key} is beyond {_MOST}")
     return value
 
 
