@@ -63,7 +63,6 @@ class Mailbox:
         self._posted: dict[SendKey, list[_Posted]] = {}
         self._sends: dict[SendKey, list[tuple[Handle, Tensor]]] = {}
         self._token = torch.zeros(1, dtype=torch.uint8, device=device)
-        self._sizes: dict[tuple[int, int, int, int], tuple[int, ...]] = {}
 
     def take_inputs(self, key: Key) -> list[Tensor | None]:
         """What has arrived for a forward, by input; None for what comes from the data."""
