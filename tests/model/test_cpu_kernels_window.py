@@ -139,3 +139,27 @@ def test_windows_do_not_change_the_bits() -> None:
     whole = forward(query, held(keys, values, 0, None))
     part = forward(query[40:71], held(keys[:, :71], values[:, :71], 40, None))
     assert torch.equal(part, whole[40:71])
+
+
+def test_threads_do_not_change_the_bits() -> None:
+    """Each head is one thread's."""
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(70, 6, 64, generator=generator)
+    keys, values = (torch.randn(3, 70, 64, generator=generator) for _ in range(2))
+    d_out = torch.randn(70, 6 * 64, generator=generator)
+    seen = held(keys, values, 0, None)
+    before = torch.get_num_threads()
+    found: list[list[Tensor]] = []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            assert can_run(query, seen)
+            sums = torch.zeros(2, 3, 70, 64)
+            d_query = window_backward(d_out, query, seen, sums[0], sums[1])
+            found.append([forward(query, seen), d_query, sums])
+        torch.set_num_threads(4)
+        assert not can_run(query, seen)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(found[0] * 2, found[1] + found[2], strict=True):
+        assert torch.equal(one, other)
