@@ -15,7 +15,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ class CheckpointStore:
         """`keep` newest checkpoints survive; 0 keeps all."""
         self.directory = directory
         self._keep = keep
-        self._writing: _Writing | None = None
+        self._writing: Future[None] | None = None
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="weft-checkpoint")
         self._staged: dict[str, Tensor] = {}
         self._group: Any = None
 
@@ -110,34 +111,40 @@ class CheckpointStore:
         options: dict[str, Any] = {"storage_writer": writer, "no_dist": not is_distributed}
         if is_distributed:
             options["process_group"] = self._group
-        found: Future[Any] | None = None
         with _quiet():
             if blocking:
                 state_dict_saver.save(tensors, **options)
-            else:
-                result = state_dict_saver.async_save(tensors, **options)
-                found = result if isinstance(result, Future) else result.upload_completion
-        self._writing = _Writing(part=part, final=final, state=state, future=found)
-        if blocking:
-            self.wait()
+                if is_first:
+                    self._publish(part, final, state)
+                return
+            result = state_dict_saver.async_save(tensors, **options)
+        written = result if isinstance(result, Future) else result.upload_completion
+
+        def finish() -> None:
+            written.result()
+            # Rank 0 coordinates: its save ends when every rank's files are written.
+            if is_first:
+                self._publish(part, final, state)
+
+        # Flushing, and dropping old files, take their time too: not training's.
+        self._writing = self._finisher.submit(finish)
+
+    def _publish(self, part: Path, final: Path, state: TrainState) -> None:
+        """Give a checkpoint whose tensors are written its name."""
+        _write_json(part / SCALARS_FILE, _state_json(state))
+        publish_directory(part, final)
+        self._drop_old(final)
 
     def poll(self) -> None:
-        """Finish a save that is on disk by now; never waits."""
-        if self._writing is not None and self._writing.is_done:
+        """Forget a save that is on disk by now, or raise what became of it; never waits."""
+        if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save that is under way and give it its name."""
+        """Wait for the save that is under way, until it has its name."""
         writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        if writing.future is not None:
-            writing.future.result()
-        # Rank 0 coordinates: its save ends when every rank's files are written.
-        if _rank() == 0:
-            _write_json(writing.part / SCALARS_FILE, _state_json(writing.state))
-            publish_directory(writing.part, writing.final)
-            self._drop_old(writing.final)
+        if writing is not None:
+            writing.result()
 
     def _drop_old(self, newest: Path) -> None:
         """Keep `newest` and those before it; later ones are torn, or of a run that was given up."""
@@ -167,18 +174,6 @@ class CheckpointStore:
     def _complete(self) -> list[Path]:
         found = (path for path in self.directory.glob(f"{_PREFIX}*") if path.suffix != _PART)
         return sorted(path for path in found if path.is_dir())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Writing:
-    part: Path
-    final: Path
-    state: TrainState
-    future: Future[Any] | None
-
-    @property
-    def is_done(self) -> bool:
-        return self.future is None or self.future.done()
 
 
 def owned_tensors(rank: RankState) -> Iterable[tuple[str, Tensor]]:
