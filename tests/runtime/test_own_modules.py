@@ -112,8 +112,8 @@ def test_stages_on_module_borders_run_the_users_modules(options: dict[str, Any])
     case = towers()
     plan = plan_by_module(case, BORDERS, **options)
     executor = check(case, plan)
-    # `last` is called with a constant that no tensor shows: its parts run instead.
-    assert paths(executor) == [["first"], ["other"], ["meet"], ["last.up", "last.down", "head"]]
+    # `last` is called with a constant that no tensor shows; the parent's offset stays beside it.
+    assert paths(executor) == [["first"], ["other"], ["meet"], ["last", "head"]]
     assert [stage.is_own for stage in executor.cut.stages] == [True, True, True, False]
     assert "modules first" in executor.cut.stages[0].how_built
 
@@ -199,6 +199,64 @@ def test_modules_that_write_in_place_run_from_the_exported_graph() -> None:
     case = case_of(case.model, batch_size=BATCH, num_steps=3)
     executor = check(case, plan_by_module(case, BORDERS))
     assert paths(executor)[1] == ["other.0"]
+
+
+class Attentive(nn.Module):
+    """Calls with one tensor twice, nested and named ones, and with a number from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = Product()
+        self.mixer, self.sized, self.head = Mixer(), Sized(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.product(x, x)
+        mixed = self.mixer(parts=(y, x), scales={"left": 0.5, "right": 2.0})
+        return self.head(self.sized(mixed["sum"], x.shape[0]).mean(1))
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.left(q) * self.right(k), None
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 4)
+
+    def forward(self, parts: tuple[Tensor, Tensor], scales: dict[str, float]) -> dict[str, Tensor]:
+        left = self.left(parts[0]) * scales["left"]
+        return {"left": left, "sum": left + parts[1] * scales["right"]}
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, num_samples: int) -> Tensor:
+        return self.inner(x) + torch.arange(num_samples, dtype=x.dtype).view(-1, 1, 1) * 0
+
+
+def test_modules_are_called_as_their_parent_calls_them() -> None:
+    torch.manual_seed(0)
+    model = ZooModel(
+        name="attentive",
+        module=Attentive(),
+        example_inputs=(torch.zeros(2, 3, 4),),
+        targets=(torch.zeros(2, 2),),
+        loss=squared,
+    )
+    case = case_of(model, batch_size=BATCH, num_steps=3)
+    stages: list[tuple[str, ...]] = [("product",), ("mixer",), ("sized", "head")]
+    executor = check(case, plan_by_module(case, stages, micro_batch=4))
+    # A number that depends on the batch would be that of the example.
+    assert paths(executor) == [["product"], ["mixer"], ["sized.inner", "head"]]
 
 
 class Twice(nn.Module):

@@ -2,11 +2,11 @@
 
 A submodule whose operators all lie in one stage need not run from the exported graph: the stage can
 call the user's nn.Module object, so that forward hooks fire and torch.compile is obeyed. What it is
-called with cannot be read off the graph, so it is inferred (the tensors that the call's nodes read
-from outside, in the order of their first use) and proved: the module and its nodes are both run on
-meta tensors, and must give the dispatcher the same operators with the same arguments. A module that
-does not (other constants, nested arguments), draws random numbers or writes in place is looked at
-part by part instead.
+called with cannot be read off the graph. So the model runs on meta tensors, which shows how each
+submodule is called; the tensors that its nodes read from outside take the places of those that it
+was given; and that is proved: the module and its nodes are both run on meta tensors, and must give
+the dispatcher the same operators with the same arguments. A module that does not, draws random
+numbers or writes in place is looked at part by part instead.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft.base.errors import UnsupportedError
+from weft.graph.capture import Capture
 from weft.runtime.aten_nodes import draws_random, size_value, writes_first
 from weft.runtime.stage_program import OwnModule
 
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("weft.runtime")
 _ROOT = "module"
 """The user's module within the exported program."""
-_MAX_ORDERED = 3
-"""Inputs up to which every order of them is tried."""
+_MAX_ORDERS = 24
+"""Orders of a call's inputs that are tried."""
 _MAX_VERSIONS = 4
 """Lists of weights that are remembered: two versions, and what evaluation runs with."""
 _Lent = tuple[dict[str, Any], str, dict[str, Any]]
@@ -53,8 +54,66 @@ class Call:
     """One call of a submodule: its nodes in the exported program, and the calls made inside."""
 
     path: str
+    number: int = 0
+    """How many calls of this module came before."""
     nodes: list[Node] = field(default_factory=list)
     inside: list[Call] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tensor:
+    """Stands for the n-th different tensor among the arguments of a call."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """How a module is called: positional and keyword arguments, tensors by number."""
+
+    positional: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    num_tensors: int
+
+    @classmethod
+    def of(cls, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> Arguments | None:
+        """The form of a call; None for arguments other than tensors and plain constants."""
+        numbers: dict[int, _Tensor] = {}
+
+        def form(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return numbers.setdefault(id(value), _Tensor(number=len(numbers)))
+            if type(value) in (tuple, list):
+                return type(value)(form(part) for part in value)
+            if type(value) is dict:
+                return {key: form(part) for key, part in value.items()}
+            if value is None or isinstance(value, _CONSTANTS):
+                return value
+            raise TypeError(type(value).__name__)
+
+        try:
+            return cls(
+                positional=form(positional),
+                keywords=form(dict(keywords)),
+                num_tensors=len(numbers),
+            )
+        except TypeError:
+            return None
+
+    @classmethod
+    def plain(cls, num_tensors: int) -> Arguments:
+        """Tensors alone, one after another."""
+        tensors = tuple(_Tensor(number=i) for i in range(num_tensors))
+        return cls(positional=tensors, keywords={}, num_tensors=num_tensors)
+
+    def filled(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with these in the tensors' places."""
+        return pytree.tree_map_only(
+            _Tensor, lambda t: tensors[t.number], (self.positional, dict(self.keywords))
+        )
+
+
+_CONSTANTS = (bool, int, float, str, torch.dtype)
 
 
 @dataclass(kw_only=True)
@@ -64,16 +123,17 @@ class OwnCall:
     module: OwnModule
     nodes: frozenset[Node]
     first: Node
+    arguments: Arguments
     inputs: tuple[Node, ...]
-    outputs: Mapping[Node, int]
-    """Leaf of the module's result that stands for a node."""
-    is_tensor: bool
-    """Whether the result is one tensor."""
+    """What stands for each of the arguments' tensors."""
+    outputs: Mapping[Node, tuple[Any, ...]]
+    """Where in the module's result the value of a node is: indices and keys."""
 
 
 def calls_of(nodes: Sequence[Node]) -> list[Call]:
     """The outermost calls of the user's module, each with those inside it."""
     by_key: dict[str, Call] = {}
+    count: Counter[str] = Counter()
     roots: list[Call] = []
     for node in nodes:
         if node.op == "placeholder" or node.op == "output":
@@ -84,7 +144,9 @@ def calls_of(nodes: Sequence[Node]) -> list[Call]:
                 continue
             call = by_key.get(key)
             if call is None:
-                call = by_key[key] = Call(path=path.removeprefix(_ROOT).removeprefix("."))
+                name = path.removeprefix(_ROOT).removeprefix(".")
+                call = by_key[key] = Call(path=name, number=count[name])
+                count[name] += 1
                 (roots if parent is None else parent.inside).append(call)
             call.nodes.append(node)
             parent = call
@@ -146,20 +208,18 @@ def _own_call(
             inputs[read] = None
     module = cutter.submodule(call.path)
     proof = _Proof(cutter, call, module, tuple(inputs))
-    orders = (
-        itertools.permutations(inputs) if len(inputs) <= _MAX_ORDERED else iter([tuple(inputs)])
-    )
-    for order in orders:
-        outputs = proof.outputs_of(order, results)
-        if outputs is not None:
-            return OwnCall(
-                module=_own_module(cutter, call.path, module),
-                nodes=nodes,
-                first=inside[0],
-                inputs=tuple(order),
-                outputs=outputs,
-                is_tensor=proof.is_tensor,
-            )
+    if len(inputs) == proof.arguments.num_tensors:
+        for order in itertools.islice(itertools.permutations(inputs), _MAX_ORDERS):
+            outputs = proof.outputs_of(order, results)
+            if outputs is not None:
+                return OwnCall(
+                    module=_own_module(cutter, call.path, module),
+                    nodes=nodes,
+                    first=inside[0],
+                    arguments=proof.arguments,
+                    inputs=order,
+                    outputs=outputs,
+                )
     raise NotTheSameError(f"module {call.path!r} does not compute what its nodes do")
 
 
@@ -187,7 +247,12 @@ class _Proof:
         self, cutter: StageCutter, call: Call, module: nn.Module, inputs: tuple[Node, ...]
     ) -> None:
         self.cutter, self.call, self.inputs = cutter, call, inputs
-        self.is_tensor = True
+        seen = cutter.seen_calls.get(call.path, [])
+        is_seen = call.number < len(seen)
+        found = seen[call.number] if is_seen else Arguments.plain(len(inputs))
+        if found is None:
+            raise NotTheSameError(f"module {call.path!r} is called with more than tensors")
+        self.arguments: Arguments = found
         self.held: dict[str, Tensor] = {}
         try:
             with torch.inference_mode():
@@ -219,29 +284,26 @@ class _Proof:
             if isinstance(value, Tensor)
         }
 
-    def outputs_of(self, order: Sequence[Node], results: Sequence[Node]) -> dict[Node, int] | None:
-        """Leaf of the module's result for each node of `results`; None where they differ."""
+    def outputs_of(
+        self, order: Sequence[Node], results: Sequence[Node]
+    ) -> dict[Node, tuple[Any, ...]] | None:
+        """Where in the module's result each node of `results` is; None where they differ."""
         recorder = _Recorder([*self.held.values(), *self.values.values()])
+        positional, keywords = self.arguments.filled([self.values[node] for node in order])
         try:
             with torch.inference_mode(), recorder:
-                result = self.shell(*(self.values[node] for node in order))
-            leaves = pytree.tree_leaves(result)
-            numbers = [recorder.number(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+                result = self.shell(*positional, **keywords)
+            places = {recorder.number(leaf): path for path, leaf in _leaves(result)}
         except Exception:  # Another order may suit the module's forward.
             return None
-        if recorder.steps != self.wanted or len(numbers) != len(leaves):
+        if recorder.steps != self.wanted:
             return None
-        self.is_tensor = isinstance(result, Tensor)
-        if not self.is_tensor and type(result) not in (tuple, list):
-            return None
-        if not self.is_tensor and any(not isinstance(part, Tensor) for part in result):
-            return None
-        found: dict[Node, int] = {}
+        found: dict[Node, tuple[Any, ...]] = {}
         for node in results:
             number = self.number_of.get(node)
-            if number is None or number not in numbers:
+            if number is None or number not in places:
                 return None
-            found[node] = numbers.index(number)
+            found[node] = places[number]
         return found
 
     def _example(self, node: Node) -> Tensor:
@@ -285,6 +347,72 @@ def _weight_name(cutter: StageCutter, node: Node) -> str | None:
         return None
     name = str(spec.target).removeprefix("module.")
     return cutter.capture.canonical.get(name, name)
+
+
+def _leaves(result: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """The tensors of a result, with the indices and keys that lead to them."""
+    if isinstance(result, Tensor):
+        yield path, result
+    elif isinstance(result, (tuple, list)):
+        for index, part in enumerate(result):
+            yield from _leaves(part, (*path, index))
+    elif isinstance(result, dict):
+        for key, part in result.items():
+            yield from _leaves(part, (*path, key))
+
+
+def seen_calls(module: nn.Module, capture: Capture) -> dict[str, list[Arguments | None]]:
+    """How every submodule is called, by path; None for arguments that depend on the batch.
+
+    Found by running the module on meta tensors, as far as it comes, with two sizes of the batch.
+    """
+    first = _calls_with(module, capture, capture.batch)
+    second = _calls_with(module, capture, capture.batch + 1)
+    return {
+        path: [a if a == b else None for a, b in zip(calls, second.get(path, []), strict=False)]
+        for path, calls in first.items()
+    }
+
+
+def _calls_with(
+    module: nn.Module, capture: Capture, batch: int
+) -> dict[str, list[Arguments | None]]:
+    found: dict[str, list[Arguments | None]] = {}
+    on_meta: dict[str, Tensor] = {}
+    axes = iter(leaf.batch_axis for leaf in capture.leaves)
+
+    def example(tensor: Tensor) -> Tensor:
+        axis, shape = next(axes), list(tensor.shape)
+        if axis is not None:
+            shape[axis] = shape[axis] // capture.batch * batch
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+    def note_at(path: str) -> Any:
+        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.setdefault(path, []).append(Arguments.of(args, kwargs))
+
+        return note
+
+    held = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    try:
+        with torch.inference_mode():
+            for path, tensor in held:
+                name = capture.canonical.get(path, path)
+                if name not in on_meta:
+                    on_meta[name] = torch.empty_like(tensor, device="meta")
+            shell = _shell(module, "", on_meta, capture.canonical)
+            for path, part in shell.named_modules():
+                part.register_forward_pre_hook(note_at(path), with_kwargs=True)
+            ((args, kwargs, _), _) = pytree.tree_map_only(
+                Tensor, example, capture.program.example_inputs
+            )
+            shell.train()(*args, **kwargs)
+    except Exception as error:  # Whatever a user's forward may raise on meta tensors.
+        _log.debug("not all calls were seen: %s: %s", type(error).__name__, error)
+    return found
 
 
 class _Recorder(TorchDispatchMode):

@@ -23,7 +23,7 @@ from weft.graph.aten import SHAPE_ONLY
 from weft.graph.capture import Capture
 from weft.plan.train_plan import PlanError, TrainPlan
 from weft.runtime.aten_nodes import RANDOM, STATISTICS, aten_name, size_value, without_writes
-from weft.runtime.own_modules import Call, calls_of, own_calls
+from weft.runtime.own_modules import Arguments, Call, calls_of, own_calls, seen_calls
 from weft.runtime.stage_program import (
     CutEdge,
     LeafInput,
@@ -62,6 +62,7 @@ def cut_stages(
     if module is not None and not split_backward:
         # A split backward replaces linear layers, which the user's modules would not know of.
         cutter.module, cutter.calls = module, calls_of(cutter.nodes)
+        cutter.seen_calls = seen_calls(module, capture)
     return cutter.cut()
 
 
@@ -77,6 +78,7 @@ class StageCutter:
         self.whole_batch = False
         self.module: nn.Module | None = None
         self.calls: list[Call] = []
+        self.seen_calls: dict[str, list[Arguments | None]] = {}
         self.tails: dict[int, Draft] = {}
         self.edge_dtype: torch.dtype | None = None
         self.nodes = list(capture.program.graph.nodes)

@@ -118,14 +118,15 @@ class StageWriter:
 
     def _call(self, number: int, call: OwnCall) -> None:
         """Call the user's module in place of its nodes; as a method, so that hooks fire."""
-        inputs = tuple(self.copied[node] for node in call.inputs)
-        result = self.graph.call_method("__call__", (self.own[number], *inputs))
-        for node, leaf in call.outputs.items():
-            self.copied[node] = (
-                result
-                if call.is_tensor
-                else self.graph.call_function(operator.getitem, (result, leaf))
-            )
+        inputs = [self.copied[node] for node in call.inputs]
+        positional, keywords = call.arguments.filled(inputs)
+        module = self.own[number]
+        result = self.graph.call_method("__call__", (module, *positional), keywords)
+        for node, path in call.outputs.items():
+            value = result
+            for key in path:
+                value = self.graph.call_function(operator.getitem, (value, key))
+            self.copied[node] = value
 
     def _weights(self, inside: Sequence[Node]) -> None:
         """Placeholders of parameters, then of buffers; a tied parameter has one."""
