@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from runtime.train_plans import Case, case_of, chain_cut, plan_of_cut, zoo_case
 from runtime.train_reference import train_plain
-from weft.base.errors import UnsupportedError
+from weft.base.errors import ConfigError, UnsupportedError
 from weft.model.zoo.registry import ZooModel
 from weft.plan.action import COMPUTE_KINDS, ActionKind
 from weft.plan.schedules import generate
@@ -384,6 +384,19 @@ def test_two_versions_follow_the_rule(num_steps: int, depth: int, dp: int, recom
             for name, p in rank.parameters.items():
                 assert torch.allclose(p, weights[name], rtol=0, atol=TOLERANCE), name
     assert sum(map(len, (r.optimizer.state for r in executor.ranks if r.optimizer))) > 0
+
+
+def test_evaluation_between_steps_without_flushes_is_refused() -> None:
+    case = zoo_case("candle-uno", num_steps=3)
+    plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3), 8, schedule="2bw")
+    executor = make(case, plan)
+    source = TensorSource(case.capture, lambda step: case.batches[step])
+    steps = executor.steps(3)
+    next(steps)
+    with pytest.raises(ConfigError, match="micro-batches of the next step under way"):
+        executor.evaluate(source, 1)
+    assert len(list(steps)) == 2
+    assert executor.evaluate(source, 1).weight == 8
 
 
 def test_two_versions_resume() -> None:

@@ -271,8 +271,14 @@ class TorchStageExecutor:
     ) -> LossTotals:
         """The loss of batches first_batch, ... of `source`, without dropout; changes nothing.
 
-        `source` is asked for these batches as for steps.
+        `source` is asked for these batches as for steps. Raises ConfigError between the steps of a
+        schedule without flushes: its messages under way would meet those of the evaluation.
         """
+        if self._is_open:
+            raise ConfigError(
+                f"schedule {self.schedule.name!r} has micro-batches of the next step under way; "
+                "take `steps` to its end before evaluating, and go on with steps(first_step=...)"
+            )
         if not self._forward_plans:
             orders = [
                 forward_only(stage.index, self.plan.num_micro_batches(stage.index))
