@@ -321,6 +321,29 @@ def test_a_job_starts_from_an_earlier_result(client: openai.OpenAI) -> None:
     assert second.fine_tuned_model != first.fine_tuned_model
 
 
+def test_a_job_keeps_the_shape_of_the_adapter_that_it_starts_from(client: openai.OpenAI) -> None:
+    shape = {"r": 4, "alpha": 12.0, "dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}
+    first = finished(client, extra_body={"weft": {"lora": shape}})
+    name = first.fine_tuned_model
+    assert name is not None
+    again: Any = create(client, model=name)
+    assert again.weft["lora"] == shape
+    same = {"r": 4, "dropout": 0.0, "target_modules": ["v_proj", "q_proj"]}
+    again = create(client, model=name, extra_body={"weft": {"lora": same}})
+    assert again.weft["lora"] == {**shape, **same}
+    for weft, message in (
+        ({"lora": {"r": 8}}, "weft.lora.r is 8, but the model that the job starts from has 4"),
+        ({"lora": {"alpha": 8.0}}, "weft.lora.alpha is 8.0"),
+        ({"lora": {"target_modules": "all-linear"}}, "weft.lora.target_modules"),
+        ({"ia3": {}}, "weft.ia3 is given, but the model .* has weft.lora"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            create(client, model=name, extra_body={"weft": weft})
+    scales: Any = finished(client, extra_body={"weft": {"ia3": {}}})
+    again = create(client, model=scales.fine_tuned_model)
+    assert again.weft["ia3"] == scales.weft["ia3"]
+
+
 def test_a_model_is_deleted(client: openai.OpenAI) -> None:
     name = finished(client).fine_tuned_model
     assert name is not None

@@ -243,8 +243,12 @@ class JobSettings:
         }
 
 
-def resolve_settings(body: JobBody, *, num_samples: int, max_model_len: int) -> JobSettings:
+def resolve_settings(
+    body: JobBody, *, num_samples: int, max_model_len: int, earlier: JobSettings | None = None
+) -> JobSettings:
     """Fill in what a body leaves open.
+
+    `earlier` is of the job whose result this one starts from: it keeps that adapter's shape.
 
     Raises:
         InvalidRequestError: a setting is out of its range, or given twice.
@@ -266,7 +270,7 @@ def resolve_settings(body: JobBody, *, num_samples: int, max_model_len: int) -> 
             f"weft.max_sample_tokens is {length}; this model's context holds {max_model_len}",
             "weft.max_sample_tokens",
         )
-    kind, fields = _adapter(weft)
+    kind, fields = _adapter(weft, earlier)
     auto_batch = max(1, min(MAX_AUTO_BATCH, round(num_samples * AUTO_BATCH_SHARE)))
     settings = JobSettings(
         n_epochs=_set(given.n_epochs) or AUTO_EPOCHS,
@@ -288,7 +292,7 @@ def resolve_settings(body: JobBody, *, num_samples: int, max_model_len: int) -> 
     return settings
 
 
-def _adapter(weft: WeftBody) -> tuple[AdapterKind, dict[str, Any]]:
+def _adapter(weft: WeftBody, earlier: JobSettings | None) -> tuple[AdapterKind, dict[str, Any]]:
     """Which adapter is asked for, and every setting of it under the names of the API."""
     given = {
         AdapterKind.LORA: weft.lora,
@@ -299,11 +303,14 @@ def _adapter(weft: WeftBody) -> tuple[AdapterKind, dict[str, Any]]:
     if len(asked) > 1:
         names = " and ".join(f"weft.{kind}" for kind in asked)
         raise InvalidRequestError(f"{names} are given; give one adapter", f"weft.{asked[1]}")
-    kind = asked[0] if asked else AdapterKind.LORA
+    first = AdapterKind.LORA if earlier is None else AdapterKind(earlier.kind)
+    kind = asked[0] if asked else first
     body = given[kind] or LoraBody()
     # Not `model_dump`: unknown keys that a server was told to ignore are no settings.
     asked_for = {name: getattr(body, name) for name in type(body).model_fields}
     fields = {name: value for name, value in asked_for.items() if value is not None}
+    if earlier is not None:
+        return kind, _kept(kind, fields, earlier)
     match kind:
         case AdapterKind.LORA:
             rank = fields.get("r", AUTO_RANK)
@@ -317,6 +324,30 @@ def _adapter(weft: WeftBody) -> tuple[AdapterKind, dict[str, Any]]:
         case AdapterKind.BOTTLENECK:
             defaults = {"r": AUTO_RANK, "target_modules": "all-linear", "activation": "relu"}
     return kind, defaults | fields
+
+
+def _kept(kind: AdapterKind, fields: dict[str, Any], earlier: JobSettings) -> dict[str, Any]:
+    """The adapter that a job starts from, but for its dropout; anything else would be another."""
+    param = f"weft.{kind}"
+    if kind != earlier.kind:
+        raise InvalidRequestError(
+            f"{param} is given, but the model that the job starts from has weft.{earlier.kind}; "
+            "leave it out",
+            param,
+        )
+    for name, value in fields.items():
+        before = earlier.adapter_fields.get(name)
+        if name != "dropout" and _as_set(value) != _as_set(before):
+            raise InvalidRequestError(
+                f"{param}.{name} is {value!r}, but the model that the job starts from has "
+                f"{before!r}; leave it out",
+                param,
+            )
+    return earlier.adapter_fields | fields
+
+
+def _as_set(value: Any) -> Any:
+    return set(value) if isinstance(value, list) else value
 
 
 def _hyperparameters(body: JobBody) -> HyperparametersBody:

@@ -163,6 +163,10 @@ class FinetuneService:
             OutOfMemoryError: the job does not fit; the message says what would do.
         """
         initial = await self._initial_adapter(tenant.name, body.model)
+        earlier = None
+        if initial is not None:
+            origin = await self._results.origin(tenant.name, body.model)
+            earlier = JobSettings.from_json(origin.resolved)
         training = await self._read(tenant.name, body.training_file, "training_file")
         validation = None
         if body.validation_file is not None:
@@ -172,6 +176,7 @@ class FinetuneService:
             body,
             num_samples=len(examples.training),
             max_model_len=self._config.max_model_len,
+            earlier=earlier,
         )
         await check_patterns(settings.adapter())
         samples, checked = await asyncio.to_thread(self._encode, settings, examples)

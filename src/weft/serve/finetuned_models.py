@@ -9,7 +9,7 @@ from typing import Any
 
 from weft.base.errors import AdapterLoadError, InvalidRequestError
 from weft.serve.finetune_objects import checkpoint_name, split_checkpoint_name
-from weft.serve.records import NotFoundError, StoredCheckpoint
+from weft.serve.records import NotFoundError, StoredCheckpoint, StoredJob
 from weft.serve.served_models import ServedModels
 from weft.serve.store import Store
 
@@ -83,6 +83,15 @@ class FinetunedModels:
                 "wrong_state",
             )
         return str(self._store.checkpoint_path(found.job_id, found.step))
+
+    async def origin(self, tenant: str | None, name: str) -> StoredJob:
+        """The job that a finished adapter or a checkpoint is of; raises as `path`."""
+        found = split_checkpoint_name(name)
+        if found is None:
+            job_id = (await self._run(self._store.adapter, tenant, name)).job_id
+        else:
+            job_id, _ = found
+        return await self._run(self._store.job, tenant, job_id)
 
     async def _checkpoint(self, tenant: str | None, name: str) -> StoredCheckpoint:
         """The checkpoint of a name; NotFoundError where there is none for the tenant."""
