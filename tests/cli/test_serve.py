@@ -50,6 +50,7 @@ FLAGS = {
     "--memory-budget",
     "--checkpoint-every",
     "--record-windows",
+    "--step-times",
     "--max-file-bytes",
     "--max-body-bytes",
     "--max-prompts",

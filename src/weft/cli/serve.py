@@ -127,7 +127,7 @@ def serve(
         _option(
             "Where predictions of iterations start: auto measures this model once, for a few "
             "seconds, and keeps it in the cache directory; off learns while it serves; or a file "
-            "of weft profile --serve",
+            "that weft profile wrote",
             _FINETUNING,
         ),
     ] = "auto",
