@@ -188,6 +188,33 @@ def test_the_next_steps_forward_in_the_iteration_of_a_step_changes_nothing(tmp_p
     assert all(torch.equal(apart[name], joined[name]) for name in apart)
 
 
+def test_decodes_beside_a_backward_pass_run_as_recorded(tmp_path: Path) -> None:
+    (sample,) = samples_of(0, 1)
+    whole = Span(sample=sample, begin=0, end=sample.num_tokens)
+    found: list[list[int]] = []
+    weights: list[dict[str, Tensor]] = []
+    for apart in (True, False):
+        hand = hand_of(torch.float32)
+        num_layers = hand.context.config.num_layers
+        backward = replace(whole, layers=(0, num_layers))
+        hand.start(SPEC, samples=[sample])
+        prompt = Row(slot=0, tokens=[5, 6, 7])
+        hand.run(rows=[prompt], forward=[whole], starts=[start(0, prompt.tokens)])
+        decode = Row(slot=0, tokens=[8], begin=3, is_decode=True)
+        before = hand.executor.num_replayed
+        if apart:
+            result = hand.run(rows=[decode])
+            hand.run(backward=[backward])
+        else:
+            result = hand.run(rows=[decode], backward=[backward])
+        assert hand.executor.num_replayed == before + 1
+        found.append(result.tokens.tolist())
+        hand.step()
+        weights.append(hand.weights(tmp_path / str(apart)))
+    assert found[0] == found[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_masters_stay_float32_under_bfloat16(tmp_path: Path) -> None:
     hand = hand_of(torch.bfloat16)
     hand.start(AdapterSpec(rank=4), optimizer=OptimizerSpec(lr=1e-6))

@@ -57,14 +57,20 @@ def record_decodes(context: DeviceContext, max_num_seqs: int) -> DecodeReplay | 
         return None
 
 
-def holds_only_decodes(batch: Batch, max_rows: int) -> bool:
-    """Whether a batch is one token each of a few sequences, all sampled, adapters apart."""
-    num_rows = batch.num_rows
+def holds_only_decodes(batch: Batch, max_rows: int, *, takes_backward: bool = False) -> bool:
+    """Whether a batch is one token each of a few sequences, all sampled, adapters apart.
+
+    With `takes_backward` backward rows, which hold no tokens, may follow.
+    """
+    num_decodes = batch.num_tokens
+    kinds = batch.kinds
     return (
-        num_rows <= max_rows
-        and batch.num_tokens == num_rows == len(batch.sample_rows)
+        0 < num_decodes <= max_rows
+        and num_decodes == len(batch.sample_rows)
+        and (takes_backward or num_decodes == batch.num_rows)
         and not len(batch.prompt_logprob_rows)
-        and bool((batch.kinds == SegmentKind.DECODE).all())
+        and bool((kinds[:num_decodes] == SegmentKind.DECODE).all())
+        and bool((kinds[num_decodes:] == SegmentKind.FT_BACKWARD).all())
     )
 
 
@@ -123,19 +129,21 @@ class ListReplay:
         self._write_slots = [group.write_slots.numpy() for group in groups]
 
     def covers(self, batch: Batch) -> bool:
-        return not batch.adapter_refs and holds_only_decodes(batch, self._max_rows)
+        return not batch.adapter_refs and holds_only_decodes(
+            batch, self._max_rows, takes_backward=True
+        )
 
     def run(self, batch: Batch, last_token: Tensor) -> Tensor:
-        num_rows = batch.num_rows
+        num_rows = batch.num_tokens
         token_ids = batch.token_ids
         is_unknown = token_ids == UNKNOWN_TOKEN
         if is_unknown.any():
-            token_ids = np.where(is_unknown, last_token.numpy()[batch.slots], token_ids)
+            token_ids = np.where(is_unknown, last_token.numpy()[batch.slots[:num_rows]], token_ids)
         self._tokens[:num_rows] = token_ids
         self._positions[:num_rows] = batch.positions
         self._prefix_lens[:num_rows] = batch.prefix_lens
         for index, table in enumerate(batch.page_tables):
-            self._tables[index][:num_rows, : table.shape[1]] = table
+            self._tables[index][:num_rows, : table.shape[1]] = table[:num_rows]
             self._write_slots[index][:num_rows] = batch.write_slots[index]
         return self._replay.run(num_rows)
 
