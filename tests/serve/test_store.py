@@ -170,6 +170,19 @@ def test_a_rewound_job_forgets_later_steps(store: Store) -> None:
     assert [row["step"] for row in store.step_metrics(job.id)] == [1, 2, 3]
 
 
+def test_a_checkpoint_gets_the_numbers_that_come_after_it(store: Store) -> None:
+    job = _job(store)
+    for step in (1, 2):
+        _save(store, job.id, step)
+        store.add_checkpoint(job.id, step, {"step": step})
+    data = {"step": 2, "train_loss": 1.5, "valid_loss": 2.5, "tokens": 3}
+    store.add_step(job.id, "Step 2", step=2, num_steps=10, num_tokens=3, data=data)
+    found = {item.step: item.metrics for item in store.checkpoints(job.id).items}
+    assert found == {1: {"step": 1}, 2: data}
+    assert store.job("t", job.id).trained_tokens == 3
+    assert [event.step for event in store.events(job.id).items] == [2, None]
+
+
 def test_old_checkpoints_go(store: Store) -> None:
     job = _job(store)
     for step in range(1, 7):

@@ -219,7 +219,12 @@ class Store:
             "num_steps": num_steps,
             "trained_tokens": db.jobs.c.trained_tokens + num_tokens,
         }
-        self.add_event(job_id, message, type="metrics", step=step, data=data, job_values=values)
+        with self._writing() as connection:
+            rows.add_event(connection, job_id, message, "info", "metrics", step, data)
+            rows.update_job(connection, job_id, values)
+            # A checkpoint that is followed by validation is here before its step's numbers.
+            is_its = sa.and_(db.checkpoints.c.job_id == job_id, db.checkpoints.c.step == step)
+            connection.execute(db.checkpoints.update().where(is_its).values(metrics=dict(data)))
 
     def events(self, job_id: str, *, after: str | None = None, limit: int = 20) -> Page:
         """A job's history, newest first; `after` is an event's id."""
