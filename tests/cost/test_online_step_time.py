@@ -126,3 +126,18 @@ def test_a_profile_brings_its_own_residual() -> None:
     assert OnlineStepTime(profile).residual == pytest.approx(profile.device_fit.residuals.p95)
     with pytest.raises(ConfigError, match="num_layers"):
         OnlineStepTime(None, num_layers=0)
+
+
+def test_the_parts_of_a_fit_add_up_to_it() -> None:
+    measured = [
+        MeasuredStep(shape=shape, seconds=Machine(forward=1.3).device_s(shape) + 1e-5 * index)
+        for index, shape in enumerate(shapes(60, seed=4))
+    ]
+    profile = StepTimeProfile.fitted(
+        model="m", dtype="float32", device="cpu", device_points=measured
+    )
+    model = OnlineStepTime(profile)
+    alone = [replace(s, num_decode_rows=0, num_prefill_tokens=0) for s in shapes(60, seed=5)]
+    assert any(s.num_ft_layer_rows and not s.num_ft_tokens for s in alone)
+    for shape in (*shapes(60, seed=6), *alone):
+        assert model.seconds(shape) == pytest.approx(profile.device_s(shape), rel=1e-9)

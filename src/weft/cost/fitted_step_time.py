@@ -108,6 +108,30 @@ class StepFit:
     """Seconds per unit of each linear term."""
     residuals: Residuals
 
+    def parts(self, shape: IterationShape) -> tuple[float, float, float]:
+        """What finetuning adds to an iteration's inference: forward, backward, steps."""
+        slopes = self.slopes
+        forward_s = backward_s = 0.0
+        if shape.num_ft_tokens:
+            curve = self.curves.get("num_tokens")
+            if curve is not None:
+                num_tokens = shape.num_tokens
+                forward_s = curve.at(num_tokens) - curve.at(num_tokens - shape.num_ft_tokens)
+            forward_s += (
+                slopes.get("num_ft_rows", 0.0) * shape.num_ft_rows
+                + slopes.get("num_ft_tokens", 0.0) * shape.num_ft_tokens
+                + slopes.get("ft_context_tokens", 0.0) * shape.ft_context_tokens
+                + slopes.get("ft_pairs", 0.0) * shape.ft_pairs
+                + slopes.get("num_ft_loss_tokens", 0.0) * shape.num_ft_loss_tokens
+            )
+        if shape.num_ft_layer_rows:
+            backward_s = (
+                slopes.get("num_ft_layer_rows", 0.0) * shape.num_ft_layer_rows
+                + slopes.get("num_ft_token_layers", 0.0) * shape.num_ft_token_layers
+                + slopes.get("ft_pair_layers", 0.0) * shape.ft_pair_layers
+            )
+        return forward_s, backward_s, slopes.get("num_ft_steps", 0.0) * shape.num_ft_steps
+
     def seconds(self, shape: IterationShape) -> float:
         """The fitted seconds; at least the constant."""
         total = self.constant_s

@@ -72,6 +72,7 @@ class OnlineStepTime:
         self._guess = GuessedStepTime(num_layers=num_layers)
         self._bounds = _GUESSED_BOUNDS if model is None else _MEASURED_BOUNDS
         self._cache: dict[tuple[str | float, ...], float] = {}
+        self._latest_inference: tuple[tuple[float, ...], float] = ((), 0.0)
         self._parts: deque[tuple[float, ...]] = deque(maxlen=_WINDOW)
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
         self._num_observed = 0
@@ -114,6 +115,8 @@ class OnlineStepTime:
         model = self._model
         if model is None:
             return self._guess.parts(shape)
+        if isinstance(model, StepTimeProfile):
+            return self._split_fit(model, shape)
         whole_s = model.device_s(shape)
         host_s = model.host_s(shape)
         if not shape.has_finetuning:
@@ -131,6 +134,30 @@ class OnlineStepTime:
             stepless_s - forward_s,
             whole_s - stepless_s,
         )
+
+    def _split_fit(
+        self, model: StepTimeProfile, shape: IterationShape
+    ) -> tuple[float, float, float, float]:
+        """The same of a sum of terms, each looked at once: a policy asks dozens of times."""
+        key = _inference_key(shape)
+        known = self._latest_inference
+        if known[0] == key:
+            inference_s = known[1]
+        else:
+            bare = shape.without_finetuning()
+            inference_s = model.device_s(bare) + model.host_s(bare)
+            self._latest_inference = (key, inference_s)
+        forward_s, backward_s, step_s = model.device_fit.parts(shape)
+        if not (shape.num_decode_rows or shape.num_prefill_tokens):
+            # Nothing else pays what every iteration costs.
+            constant_s = model.device_fit.constant_s
+            if shape.num_ft_tokens:
+                forward_s += constant_s
+            elif shape.num_ft_layer_rows:
+                backward_s += constant_s
+            elif shape.num_ft_steps:
+                step_s += constant_s
+        return inference_s, forward_s, backward_s, step_s
 
     def _known(
         self,
