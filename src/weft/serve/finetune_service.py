@@ -110,6 +110,8 @@ class FinetuneService:
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
         self._latest: dict[str, StepMetrics] = {}
         self._finish_at: dict[str, float] = {}
+        self._was_paused: set[str] = set()
+        """Jobs whose next step will have taken as long as their pause."""
         self._task: asyncio.Task[None] | None = None
 
     # ---- life ----
@@ -440,6 +442,9 @@ class FinetuneService:
             text = event.message or f"Fine-tuning job {status}"
             await self._end(job, status, text, code=code)
         elif job.status is not status and not job.status.is_final:
+            if status is StoredStatus.PAUSED:
+                self._finish_at.pop(job.id, None)
+                self._was_paused.add(job.id)
             text = {
                 JobStatus.QUEUED: "Fine-tuning job queued",
                 JobStatus.RUNNING: "Fine-tuning job started",
@@ -485,6 +490,7 @@ class FinetuneService:
     ) -> None:
         self._latest.pop(job.id, None)
         self._finish_at.pop(job.id, None)
+        self._was_paused.discard(job.id)
         trained_tokens = None
         if adapter is not None:  # A crash may have taken the reports of some steps, not the steps.
             trained_tokens = JobSettings.from_json(job.resolved).n_epochs * job.epoch_tokens
@@ -526,6 +532,9 @@ class FinetuneService:
     def _estimate(self, event: StepMetrics) -> None:
         self._latest[event.job_id] = event
         left = max(0, event.num_steps - event.step)
+        if event.job_id in self._was_paused:
+            self._was_paused.discard(event.job_id)
+            return
         self._finish_at[event.job_id] = time.time() + left * event.elapsed_s
 
     def _metrics_at(self, job_id: str, step: int) -> dict[str, Any]:
