@@ -19,7 +19,7 @@ from weft.model.kernels.cpu_window_ir import WINDOW_ARGS, WindowSpec
 from weft.model.kernels.held_tokens import HeldTokens
 
 _NO_WINDOW = 1 << 40
-_MAX_TILES = 4
+_MAX_TILES = 2
 _BLOCK_FLOATS = 60_000
 """Rows of a block by tokens: their scores, probabilities and gradients stay in the second-level
 cache."""
