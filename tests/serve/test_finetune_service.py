@@ -1,4 +1,4 @@
-"""What the service makes of an engine's news, whenever they come."""
+"""The service between HTTP and engine, where the disk or the database takes no more."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from serve.fake_finetune import loss_of
+import pytest
+
 from weft.base.errors import ConfigError
+from weft.engine.batch import AdapterRef
 from weft.engine.finetune import (
     FinetuneEvent,
     FinetuneJobSpec,
@@ -17,118 +19,112 @@ from weft.engine.finetune import (
     StepMetrics,
 )
 from weft.model.tokenizer import Tokenizer
-from weft.serve.api_keys import ANYONE
+from weft.serve.api_keys import Tenant
 from weft.serve.finetune_bodies import JobBody
 from weft.serve.finetune_service import FinetuneService, FinetuneServiceConfig
 from weft.serve.messages import JobAction
-from weft.serve.records import Purpose, StoredJob, StoredStatus
+from weft.serve.records import Purpose, StorageError, StoredJob, StoredStatus
 from weft.serve.served_models import ServedModels
 from weft.serve.store import Store
 
+FULL = "No space left on device"
+TENANT = Tenant(name="t")
 
-class HandEngine:
-    """An engine whose news the test sends by hand."""
+
+class Engine:
+    """Takes jobs, and says what a test lets it say."""
 
     def __init__(self) -> None:
         self.on_finetune_events: Callable[[list[FinetuneEvent]], None] | None = None
+        self.actions: list[JobAction] = []
+        self.jobs: set[str] = set()
 
     async def add_job(self, spec: FinetuneJobSpec) -> None:
-        self.changes(spec.id, JobStatus.RUNNING)
+        self.jobs.add(spec.id)
 
     async def control_job(self, job_id: str, action: JobAction) -> None:
-        """Every job has just ended here; the news of it come later."""
-        loop = asyncio.get_running_loop()
-        loop.call_later(0.01, self.changes, job_id, JobStatus.CANCELLED)
-        raise ConfigError(f"job {job_id!r} is not here; it has ended")
+        self.actions.append(action)
+        if job_id not in self.jobs:
+            raise ConfigError(f"job {job_id!r} is not here")
+        self.jobs.discard(job_id)
+        self.say(JobChanged(job_id=job_id, status=JobStatus.CANCELLED))
 
-    def says(self, event: FinetuneEvent) -> None:
+    async def load_adapter(self, ref: AdapterRef, path: str) -> None: ...
+
+    async def unload_adapter(self, ref: AdapterRef) -> None: ...
+
+    def say(self, *events: FinetuneEvent) -> None:
         assert self.on_finetune_events is not None
-        self.on_finetune_events([event])
-
-    def changes(self, job_id: str, status: JobStatus) -> None:
-        self.says(JobChanged(job_id=job_id, status=status))
+        self.on_finetune_events(list(events))
 
 
-def with_job(model_dir: Path, tmp_path: Path, work: Callable[..., Any]) -> None:
-    """Do `work(service, engine, job)` on a service with one job of four steps."""
-
-    async def run() -> None:
-        engine, store = HandEngine(), Store(tmp_path / "data")
-        loader: Any = None
-        models = ServedModels(("base",), loader)
-        config = FinetuneServiceConfig(base_names=("base",), max_model_len=64)
-        tokenizer = Tokenizer.from_directory(model_dir)
-        service = FinetuneService(store, engine, tokenizer, config, models)
-        await service.start()
-        data = b'{"text": "a"}\n' * 4
-        purpose = Purpose.FINE_TUNE
-        file = store.add_file("", filename="a.jsonl", purpose=purpose, data=data)
-        body: Any = {"n_epochs": 1, "batch_size": 1}
-        job = await service.create(
-            ANYONE, JobBody(model="base", training_file=file.id, hyperparameters=body)
-        )
-        try:
-            await work(service, engine, job)
-        finally:
-            await service.close()
-
-    asyncio.run(run())
-
-
-def step(job: StoredJob, number: int, elapsed_s: float) -> StepMetrics:
+def step(job_id: str, number: int) -> StepMetrics:
     return StepMetrics(
-        job_id=job.id,
+        job_id=job_id,
         step=number,
-        num_steps=4,
-        epoch=number / 4,
-        loss=loss_of(number),
-        lr=1e-3,
+        num_steps=9,
+        epoch=1.0,
+        loss=1.0,
+        lr=0.1,
         grad_norm=1.0,
-        num_tokens=2,
-        elapsed_s=elapsed_s,
+        num_tokens=3,
+        elapsed_s=0.1,
     )
 
 
-async def seen(service: FinetuneService, job: StoredJob, **wanted: Any) -> StoredJob:
-    """The job once what is wanted of it has been kept."""
-    async with asyncio.timeout(10):
-        while True:
-            found = await service.job("", job.id)
-            if all(getattr(found, name) == value for name, value in wanted.items()):
-                return found
-            await asyncio.sleep(0.001)
+@pytest.mark.parametrize("lasts", [True, False], ids=["for good", "for a moment"])
+def test_what_cannot_be_kept_fails_its_job_alone(
+    lasts: bool, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> list[StoredJob]:
+        engine = Engine()
+        store = Store(tmp_path / "data")
+        models = ServedModels(("base",), engine)
+        service = FinetuneService(
+            store,
+            engine,
+            Tokenizer.from_directory(model_dir),
+            FinetuneServiceConfig(base_names=("base",), max_model_len=64),
+            models,
+        )
+        await service.start()
+        file = await service.run(
+            store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=b'{"text": "abc"}'
+        )
+        body = JobBody(model="base", training_file=file.id)
+        bad, good = [await service.create(TENANT, body) for _ in range(2)]
+        add_step, finish_job = store.add_step, store.finish_job
+        is_full = True
 
+        def refuse(work: Callable[..., Any]) -> Callable[..., Any]:
+            def refused(job: Any, *args: Any, **kwargs: Any) -> Any:
+                if is_full and bad.id in (job, getattr(job, "id", None)):
+                    raise StorageError(FULL)
+                return work(job, *args, **kwargs)
 
-def test_a_job_that_ends_while_it_is_told_to_is_no_mistake(model_dir: Path, tmp_path: Path) -> None:
-    async def work(service: FinetuneService, engine: HandEngine, job: StoredJob) -> None:
-        await seen(service, job, status=StoredStatus.RUNNING)
-        ended = await service.control("", job.id, JobAction.CANCEL)
-        assert ended.status is StoredStatus.CANCELLED
+            return refused
 
-    with_job(model_dir, tmp_path, work)
+        monkeypatch.setattr(store, "add_step", refuse(add_step))
+        monkeypatch.setattr(store, "finish_job", refuse(finish_job))
+        if not lasts:
+            monkeypatch.setattr(store, "finish_job", finish_job)
+        engine.say(step(bad.id, 1), step(good.id, 1))
+        while (await service.job("t", bad.id)).status is not StoredStatus.FAILED:
+            await asyncio.sleep(0.01)
+        engine.say(step(good.id, 2))
+        while (await service.job("t", good.id)).step < 2:
+            await asyncio.sleep(0.01)
+        assert engine.actions[0] is JobAction.CANCEL
+        assert engine.jobs == {good.id}
+        found = [await service.job("t", job.id) for job in (bad, good)]
+        await service.close()
+        return found
 
-
-def test_a_pause_is_no_part_of_the_time_that_a_step_takes(model_dir: Path, tmp_path: Path) -> None:
-    async def work(service: FinetuneService, engine: HandEngine, job: StoredJob) -> None:
-        engine.says(step(job, 1, elapsed_s=100.0))
-        found = await seen(service, job, step=1, status=StoredStatus.RUNNING)
-        first = service.estimated_finish(found)
-        assert first is not None
-        engine.changes(job.id, JobStatus.PAUSED)
-        found = await seen(service, job, status=StoredStatus.PAUSED)
-        assert service.estimated_finish(found) is None
-        engine.changes(job.id, JobStatus.RUNNING)
-        found = await seen(service, job, status=StoredStatus.RUNNING)
-        assert service.estimated_finish(found) is None
-        engine.says(step(job, 2, elapsed_s=1e6))
-        found = await seen(service, job, step=2)
-        assert service.estimated_finish(found) is None
-        engine.says(step(job, 3, elapsed_s=100.0))
-        found = await seen(service, job, step=3)
-        last = service.estimated_finish(found)
-        assert last is not None
-        assert last < first
-        engine.changes(job.id, JobStatus.CANCELLED)
-        await seen(service, job, status=StoredStatus.CANCELLED)
-
-    with_job(model_dir, tmp_path, work)
+    bad, good = asyncio.run(run())
+    assert bad.status is StoredStatus.FAILED
+    assert bad.error_code == "storage_full"
+    assert FULL in (bad.error_message or "")
+    assert bad.finished_at is not None
+    assert (bad.result_file is None) is lasts
+    assert good.status is StoredStatus.QUEUED
+    assert good.step == 2
