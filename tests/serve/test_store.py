@@ -332,6 +332,18 @@ def test_what_a_job_needs_is_not_deleted(store: Store) -> None:
     store.delete_file("t", user.training_file)
 
 
+def test_a_job_whose_file_was_deleted_meanwhile_is_not_kept(store: Store) -> None:
+    other = store.add_file("u", filename="a.jsonl", purpose=Purpose.FINE_TUNE, data=b"x")
+    for name, values in (
+        ("ftjob-2", {"training_file": "file-gone"}),
+        ("ftjob-3", {"validation_file": "file-gone"}),
+        ("ftjob-4", {"validation_file": other.id}),
+    ):
+        with pytest.raises(NotFoundError, match="no file with id"):
+            _job(store, name, **values)
+    assert store.jobs("t").items == []
+
+
 def test_a_full_disk_is_an_error_with_a_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

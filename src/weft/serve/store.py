@@ -136,8 +136,17 @@ class Store:
     # ---- jobs ----
 
     def add_job(self, job: StoredJob, message: str) -> None:
-        """Keep a new job and the first line of its history."""
+        """Keep a new job and the first line of its history.
+
+        Raises:
+            NotFoundError: a file of it was deleted since it was read.
+        """
+        needed = {job.training_file} | ({job.validation_file} if job.validation_file else set())
         with self._writing() as connection:
+            is_needed = sa.and_(db.files.c.id.in_(needed), db.files.c.tenant == job.tenant)
+            found = connection.execute(sa.select(db.files.c.id).where(is_needed)).scalars()
+            if missing := sorted(needed - set(found)):
+                raise NotFoundError("file", missing[0])
             connection.execute(db.jobs.insert().values(**rows.fields_of(job)))
             rows.add_event(connection, job.id, message, "info", "message", None, None)
 
