@@ -27,7 +27,7 @@ from weft.engine.finetune import ScheduleName
 from weft.graph.coarsen import coarsen
 from weft.model.zoo.registry import ZooModel
 from weft.plan.api import plan as make_plan
-from weft.plan.train_plan import PlanError
+from weft.plan.train_plan import PlanError, TrainPlan
 from weft.runtime.loopback import LoopbackWorld
 from weft.runtime.param_init import SafetensorsWeights
 from weft.runtime.stage_executor import NonFiniteLossError
@@ -176,6 +176,41 @@ def test_half_written_checkpoints_are_skipped_with_a_warning(
     assert not (tmp_path / "checkpoints" / "step-00000005.part").exists()
 
 
+def test_a_checkpoint_without_one_of_its_files_is_skipped(tmp_path: Path) -> None:
+    """What lies on another machine's disk, say: the tensors that are there look whole."""
+    trainer(tmp_path, num_steps=4, checkpoint_every=2).run()
+    newest = tmp_path / "checkpoints" / "step-00000004"
+    state = json.loads((newest / "train.json").read_text())
+    assert "model-00001-of-00001.safetensors" in state["files"]
+    state["files"]["shard-00002-model-00001-of-00001.safetensors"] = 1000
+    (newest / "train.json").write_text(json.dumps(state))
+    assert trainer(tmp_path, num_steps=4).first_step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["stages"][0].update(frozen=True), "stage 0 is frozen, but parameter 'left"),
+        (lambda d: d["edges"][0].update(backward_bytes_per_sample=0), "carries no gradients back"),
+    ],
+)
+def test_a_plan_that_would_lose_gradients_is_refused(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    zoo = model()
+    capture = zoo.trace()
+    plain = chain_plan(capture, 2).to_dict()
+    change(plain)
+    with pytest.raises(PlanError, match=message):
+        Trainer(
+            plan=TrainPlan.from_dict(plain),
+            model=zoo,
+            data=data(),
+            config=TrainConfig(num_steps=1, run_dir=tmp_path),
+            capture=capture,
+        )
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     trainer(tmp_path, num_steps=5, checkpoint_every=1, keep_checkpoints=2).run()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -239,7 +274,7 @@ def test_a_plan_of_another_module_is_refused(tmp_path: Path) -> None:
     capture = model().trace()
     plan = chain_plan(capture, 2)
     other = model(width=12)
-    with pytest.raises(PlanError, match="is for graph"):
+    with pytest.raises(PlanError, match=r"is for graph .*first stage that differs is 0 .*left.0"):
         Trainer(
             plan=plan,
             model=other,

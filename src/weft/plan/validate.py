@@ -168,7 +168,29 @@ def _check_graph(plan: TrainPlan, graph: Graph) -> None:
                 f"operator {edge.source!r} of stage {pair[0]} feeds {edge.target!r} of stage "
                 f"{pair[1]}, but there is no edge between the stages"
             )
+    _check_gradients(plan, graph, stage_of)
     _check_convex(plan, graph, stage_of)
+
+
+def _check_gradients(plan: TrainPlan, graph: Graph, stage_of: Mapping[str, int]) -> None:
+    """Every trainable parameter is in a stage with a backward, and every gradient has its bytes."""
+    for stage in plan.stages:
+        names = [name for op in stage.ops for name in graph.ops[graph.op_index[op]].param_ids]
+        trained = [name for name in names if graph.parameter_by_id[name].trainable]
+        if stage.frozen and trained:
+            raise PlanError(
+                f"stage {stage.index} is frozen, but parameter {trained[0]!r} of it is trainable; "
+                "freeze the parameter in the model (requires_grad=False) and plan again"
+            )
+    for edge in graph.edges:
+        pair = (stage_of[edge.source], stage_of[edge.target])
+        if pair[0] == pair[1] or not edge.needs_grad or not edge.bytes_per_sample:
+            continue
+        if not plan.edge_by_pair[pair].backward_bytes_per_sample:
+            raise PlanError(
+                f"edge {pair[0]} -> {pair[1]} carries no gradients back, but operator "
+                f"{edge.source!r} needs one; plan again"
+            )
 
 
 def _check_convex(plan: TrainPlan, graph: Graph, stage_of: Mapping[str, int]) -> None:
@@ -196,4 +218,14 @@ def _graph_difference(plan: TrainPlan, graph: Graph) -> str:
         return f"operator {missing[0]!r} of stage {plan.stage_of[missing[0]]} is not in the graph"
     if extra:
         return f"operator {extra[0]!r} is in no stage"
+    for stage in plan.stages:
+        ops = [graph.ops[graph.op_index[op]] for op in stage.ops]
+        names = dict.fromkeys(name for op in ops for name in op.param_ids)
+        num_bytes = -(-sum(graph.parameter_by_id[n].size_bytes for n in names) // stage.tp)
+        if num_bytes != stage.param_bytes:
+            return (
+                f"the same operators, but the first stage that differs is {stage.index} "
+                f"({stage.ops[0]!r} to {stage.ops[-1]!r}): its parameters take "
+                f"{stage.param_bytes:,} bytes in the plan and {num_bytes:,} in the graph"
+            )
     return "the same operators, but their costs, parameters or edges differ"

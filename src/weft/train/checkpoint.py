@@ -131,7 +131,8 @@ class CheckpointStore:
 
     def _publish(self, part: Path, final: Path, state: TrainState) -> None:
         """Give a checkpoint whose tensors are written its name."""
-        _write_json(part / SCALARS_FILE, _state_json(state))
+        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        _write_json(part / SCALARS_FILE, _state_json(state) | {"files": sizes})
         publish_directory(part, final)
         self._drop_old(final)
 
@@ -323,6 +324,10 @@ def checkpoint_problem(path: Path) -> str:
         return f"it has no {SCALARS_FILE}"
     try:
         _read_state(path)
+        for name, size in json.loads((path / SCALARS_FILE).read_text()).get("files", {}).items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != size:
+                return f"file {name} is not there with its {size} bytes"
         held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except Exception as error:  # safetensors raises types of its own for torn files
         return str(error).splitlines()[0]
