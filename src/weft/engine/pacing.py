@@ -24,6 +24,8 @@ _SPENT_AT_ONCE = 0.5
 """Share of what requests saved that one iteration may take."""
 _MOST_SPENT = 2.0
 """Objectives that an iteration lasts at most, whatever was saved: answers should flow."""
+_MOST_MARGIN = 0.2
+"""Share kept free above the prediction of a prompt's chunk, at most."""
 _MOST_WAITING = 64
 """Of the queue, the first so many are looked at."""
 _USUAL_CONTEXT = 256
@@ -146,31 +148,40 @@ class Pacer:
     ) -> int:
         """Tokens of prompts that may join these decodes without holding them up.
 
-        All of `most` if first tokens would come too late at that pace.
+        More, doubling, where first tokens would come too late at that pace.
         """
         first = pending[0]
         shape_of = self._terms.add_prefill
-        upper_s = self._step_time.upper_s
+        # The prompt must be computed some time: little is kept free for what cannot be foreseen.
+        margin = 1.0 + min(self._step_time.residual, _MOST_MARGIN)
         low, high = 0, max(1, most // granule)
         while low < high:
             middle = (low + high + 1) // 2
             shape = shape_of(decodes, first.begin, middle * granule, samples=True)
-            fits = upper_s(shape) <= limit_s
+            fits = self._step_time.seconds(shape) * margin <= limit_s
             low, high = (middle, high) if fits else (low, middle - 1)
         count = max(1, low) * granule
-        if count >= most:
-            return most
-        chunk_s = self._step_time.seconds(shape_of(decodes, first.begin, count, samples=True))
         decode_s = self._step_time.seconds(decodes)
-        share = max(1e-3, 1.0 - decode_s / chunk_s) if chunk_s > 0 else 1.0
+        ahead = self._prefills_ahead(pending, start_s)
+        while count < most:
+            chunk_s = self._step_time.seconds(shape_of(decodes, first.begin, count, samples=True))
+            share = max(1e-3, 1.0 - decode_s / chunk_s) if chunk_s > 0 else 1.0
+            if all(ahead_s / share <= left_s for ahead_s, left_s in ahead):
+                return count
+            count *= 2
+        return most
+
+    def _prefills_ahead(
+        self, pending: Sequence[Pending], start_s: float
+    ) -> list[tuple[float, float]]:
+        """For each first token that is due: what must be computed for it, and the time left."""
+        found: list[tuple[float, float]] = []
         ahead_s = 0.0
         for prompt in pending:
             ahead_s += self.prefill_s(prompt.begin, prompt.count)
-            if not math.isnan(prompt.sequence.first_token_s):
-                continue
-            if ahead_s / share > self.deadline_s(prompt.sequence) - start_s:
-                return most
-        return count
+            if math.isnan(prompt.sequence.first_token_s):
+                found.append((ahead_s, self.deadline_s(prompt.sequence) - start_s))
+        return found
 
     def _least_decode_s(self) -> float:
         shape = IterationShape(
