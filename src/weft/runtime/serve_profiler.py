@@ -350,6 +350,8 @@ def _finetune(
         )
         # Small windows of a long sample would take for ever and teach no more.
         length = min(longest, 4 * window)
+        # Kernels are compiled when they are first met: that is not what a window takes.
+        _train(executor, config, adapter, clock, settings, (length,), num_requests=0)
         steps += _train(executor, config, adapter, clock, settings, (length,) * 2, num_requests=0)
     num_requests = min(4, executor.info.max_num_seqs)
     for tokens, layers in ((32, 1), (128, 2)):
