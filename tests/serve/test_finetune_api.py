@@ -185,6 +185,7 @@ def test_settings_of_our_own_are_taken(client: openai.OpenAI) -> None:
         "loss_normalization": "sample",
         "overlong_samples": "truncate",
         "max_sample_tokens": 32,
+        "remat": "layer-input",
     }
     method = {
         "type": "supervised",
@@ -265,6 +266,7 @@ def test_other_adapters_are_taken(
         ({"weft": {"loss_normalization": "batch"}}, "one of token, sample"),
         ({"weft": {"max_grad_norm": 0}}, "max_grad_norm"),
         ({"weft": {"overlong_samples": "drop"}}, "one of refuse, truncate"),
+        ({"weft": {"remat": "all"}}, "one of none, pruned, layer-input"),
         ({"weft": {"max_sample_tokens": 10**6}}, "context holds"),
         ({"weft": {"max_sample_tokens": 4}}, "line 1: it has 6 tokens; at most 4"),
         (

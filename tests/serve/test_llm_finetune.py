@@ -92,6 +92,7 @@ def test_mistakes_are_refused_at_once(llm: LLM, tmp_path: Path) -> None:
         ("learning rate", {"optimizer": {"lr": -1.0}}),
         ("one of token, sample", {"loss_normalization": "x"}),
         ("one of refuse, truncate", {"overlong_samples": "x"}),
+        ("one of none, pruned, layer-input", {"remat": "x"}),
         ("num_epochs", {"num_epochs": 0}),
         ("num_epochs is 1.5; it must be a whole number", {"num_epochs": 1.5}),
         ("batch_size is '2'", {"batch_size": "2"}),

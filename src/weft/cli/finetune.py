@@ -24,6 +24,7 @@ from weft.engine.finetune import (
 )
 from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
 from weft.graph.adapter_spec import AdapterSpec
+from weft.graph.pruning import Remat
 from weft.serve.finetune_data import OverlongSamples
 from weft.serve.llm import LLM
 from weft.serve.offline_finetune import FinetuneJob
@@ -65,6 +66,9 @@ def finetune(
     max_sample_tokens: Annotated[
         int | None, typer.Option(help="Longest sample; default: the model's context")
     ] = None,
+    remat: Annotated[
+        Remat, typer.Option(help="What a sample keeps for its backward pass")
+    ] = Remat.PRUNED,
     seed: Annotated[int, typer.Option(help="Of weights, order and dropout")] = 0,
     initial_adapter: Annotated[
         Path | None, typer.Option(help="Adapter directory to start from")
@@ -128,6 +132,7 @@ def finetune(
             output_dir=checkpoints,
             resume_from=latest_checkpoint(checkpoints) if resume else None,
             initial_adapter=initial_adapter,
+            remat=remat.value,
         )
         try:
             with _shown() as show:

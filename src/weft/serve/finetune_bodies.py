@@ -19,6 +19,7 @@ from weft.engine.finetune import (
     TrainingSample,
 )
 from weft.graph.adapter_spec import AdapterKind, AdapterSpec
+from weft.graph.pruning import Remat
 from weft.serve.finetune_data import OverlongSamples
 from weft.serve.protocol import MAX_NAME_CHARS, Body, Name, Number
 
@@ -119,6 +120,7 @@ class WeftBody(Body):
     loss_normalization: Name | None = None
     overlong_samples: Name | None = None
     max_sample_tokens: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None
+    remat: Name | None = None
 
 
 class JobBody(Body):
@@ -157,6 +159,7 @@ class JobSettings:
     loss_normalization: str
     overlong_samples: str
     max_sample_tokens: int
+    remat: str = Remat.PRUNED.value
 
     def adapter(self) -> AdapterSpec:
         """The adapter to train; raises ConfigError where a number is out of its range."""
@@ -186,6 +189,7 @@ class JobSettings:
                 raise InvalidRequestError(str(error), param) from None
         _choice(LossNormalization, self.loss_normalization, "weft.loss_normalization")
         _choice(OverlongSamples, self.overlong_samples, "weft.overlong_samples")
+        _choice(Remat, self.remat, "weft.remat")
 
     def spec(
         self,
@@ -205,6 +209,7 @@ class JobSettings:
             batch_size=self.batch_size,
             optimizer=self.optimizer_spec(),
             loss_normalization=LossNormalization(self.loss_normalization),
+            remat=Remat(self.remat),
             **rest,
         )
 
@@ -240,6 +245,7 @@ class JobSettings:
             "loss_normalization": self.loss_normalization,
             "overlong_samples": self.overlong_samples,
             "max_sample_tokens": self.max_sample_tokens,
+            "remat": self.remat,
         }
 
 
@@ -287,6 +293,7 @@ def resolve_settings(
         loss_normalization=weft.loss_normalization or LossNormalization.TOKEN.value,
         overlong_samples=weft.overlong_samples or OverlongSamples.REFUSE.value,
         max_sample_tokens=length,
+        remat=weft.remat or Remat.PRUNED.value,
     )
     settings.check()
     return settings

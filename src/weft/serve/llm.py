@@ -19,6 +19,7 @@ from weft.engine.finetune_limits import FinetuneConfig
 from weft.engine.request import EngineStats, Request, SequenceUpdate
 from weft.engine.sampling import SamplingParams
 from weft.graph.adapter_spec import AdapterSpec
+from weft.graph.pruning import Remat
 from weft.model.tokenizer import Tokenizer
 from weft.serve.engine_config import RUNTIME_BUILDER, EngineConfig
 from weft.serve.engine_core import EngineCore
@@ -227,13 +228,16 @@ class LLM:
         output_dir: str | PathLike[str] | None = None,
         resume_from: str | PathLike[str] | None = None,
         initial_adapter: str | PathLike[str] | None = None,
+        remat: str = "pruned",
     ) -> FinetuneJob:
         """Start training an adapter beside everything else; returns at once.
 
         `data` is a JSONL file or an iterable of its lines as objects. `adapter` names the result.
         `lora` holds `AdapterSpec`'s fields (rank, alpha, dropout, target_modules, ...), `optimizer`
-        those of `OptimizerSpec` (name, lr, schedule, ...). Iterations run within `generate`, `chat`
-        and the job's `wait` only; once it has succeeded, its `adapter` serves as `lora_request`.
+        those of `OptimizerSpec` (name, lr, schedule, ...). `remat` says what a sample keeps for its
+        backward pass: `none`, `pruned` or, least, `layer-input`. Iterations run within `generate`,
+        `chat` and the job's `wait` only; once it has succeeded, its `adapter` serves as
+        `lora_request`.
 
         Raises:
             InvalidRequestError: a line of the data is refused; the message names it.
@@ -255,6 +259,7 @@ class LLM:
             output_dir=None if output_dir is None else str(output_dir),
             resume_from=None if resume_from is None else str(resume_from),
             initial_adapter=None if initial_adapter is None else str(initial_adapter),
+            remat=_named(Remat, remat, "remat"),
         )
         samples, checked = (
             ()

@@ -25,6 +25,7 @@ from weft.engine.finetune import (
     TrainingSample,
 )
 from weft.graph.adapter_spec import AdapterSpec
+from weft.graph.pruning import Remat
 from weft.model.tokenizer import Tokenizer
 from weft.serve.finetune_data import (
     Example,
@@ -69,6 +70,7 @@ class FinetuneSettings:
     """Where checkpoints (`step-N`) and the finished adapter (`final`) go; None keeps neither."""
     resume_from: str | None = None
     initial_adapter: str | None = None
+    remat: Remat = Remat.PRUNED
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size"):
@@ -99,6 +101,7 @@ class FinetuneSettings:
             checkpoint_dir=self.output_dir,
             resume_from=self.resume_from,
             initial_adapter=self.initial_adapter,
+            remat=self.remat,
         )
 
 
