@@ -95,6 +95,8 @@ def test_a_run_that_failed_goes_on(arguments: list[str], tmp_path: Path) -> None
         (["--learning-rate", "nan"], ConfigError, "learning rate is nan"),
         (["--target-modules", "w_proj"], ConfigError, "match no module"),
         (["--max-sample-tokens", "3"], InvalidRequestError, "line 1: it has 6 tokens"),
+        (["--max-model-len", "4"], InvalidRequestError, "line 1: it has 6 tokens"),
+        (["--kv-cache-memory-bytes", "0"], ConfigError, "kv_cache_memory_bytes is 0"),
         (["--data", "/nowhere"], ConfigError, "cannot be read"),
     ],
 )

@@ -81,6 +81,12 @@ def finetune(
         Path | None,
         typer.Option(help="Window log of an earlier run (weft serve --record-windows) to repeat"),
     ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Context to make room for; default: the model's own")
+    ] = None,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(help="Memory of keys and values; default: what is free")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     num_threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
@@ -113,6 +119,8 @@ def finetune(
         device=device,
         num_threads=num_threads,
         max_num_seqs=1,
+        max_model_len=max_model_len,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
         finetune_config=FinetuneConfig(policy=FinetunePolicy.FINETUNE_ONLY),
         replay_windows=replay_windows,
     ) as llm:
