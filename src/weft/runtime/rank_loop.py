@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -95,8 +96,9 @@ class _Segment:
             was_receive = is_receive
         ends = [0, *accumulate(waves)]
         for row, one in enumerate(actions):
-            posted.append(ends[min(len(waves), row_waves[row] + receive_ahead)])
             kind = one.action.kind
+            ahead = max(receive_ahead, kind in RECV_KINDS)
+            posted.append(ends[min(len(waves), row_waves[row] + ahead)])
             if kind in (ActionKind.B, ActionKind.W):
                 last_backward[one.action.stage] = row
             elif kind is ActionKind.F:
@@ -108,6 +110,19 @@ class _Segment:
             last_backward=frozenset(last_backward.values()),
             last_forward=last_forward,
         )
+
+
+_SMALL_BYTES = 2**16
+"""Messages below this are received when needed: gloo takes longer to post than to move them."""
+
+
+def _has_large_edge(cut: StageCut, plan: RankPlan) -> bool:
+    share = max(shape.share for shape in plan.shapes.values())
+    return any(
+        math.prod(spec.shape(share)) * spec.dtype.itemsize >= _SMALL_BYTES
+        for edge in cut.edges.values()
+        for spec in edge.tensors
+    )
 
 
 class RankLoop:
@@ -137,7 +152,8 @@ class RankLoop:
         self.splits_backward, self.training = splits_backward, training
         self.plan, self.cut, self.stages = plan, cut, stages
         self.transport, self.source, self.sync = transport, source, sync
-        self.seed, self.receive_ahead = seed, receive_ahead
+        self.seed = seed
+        self.receive_ahead = receive_ahead if _has_large_edge(cut, plan) else 0
         self.device, self.batch_size = device, batch_size
         self.autocast = autocast
         self.loss_scale = 1.0

@@ -62,6 +62,7 @@ class Mailbox:
         self.input_gradients: dict[Key, list[Tensor | None]] = {}
         self._posted: dict[SendKey, list[_Posted]] = {}
         self._sends: dict[SendKey, list[tuple[Handle, Tensor]]] = {}
+        self._leaving: list[tuple[Handle, Tensor]] = []
         self._token = torch.zeros(1, dtype=torch.uint8, device=device)
 
     def take_inputs(self, key: Key) -> list[Tensor | None]:
@@ -134,16 +135,23 @@ class Mailbox:
         sent.append((self._transport.send(tensor, piece.peer, piece.tag), tensor))
 
     def drop_sends(self, bound: BoundAction, shift: Mapping[int, int]) -> Iterator[Handle]:
-        """Let go of tensors that have arrived, as this RECV proves: their handles end at once."""
+        """Let go of tensors whose arrival the RECV before this one has proved.
+
+        The sender's own thread may hear of it a little later than the answer comes: one action on,
+        waiting for the handle takes no time.
+        """
+        leaving, self._leaving = self._leaving, []
         for kind, stage, micro_batch, peer in bound.arrived:
             sent = self._sends.pop((kind, stage, micro_batch + shift[stage], peer), ())
-            for handle, _ in sent:
-                yield handle
+            self._leaving.extend(sent)
+        for handle, _ in leaving:
+            yield handle
 
     def wait_for_sends(self) -> Iterator[Handle]:
         """Yield every send that is not known to have ended."""
         sends, self._sends = self._sends, {}
-        for sent in sends.values():
+        leaving, self._leaving = self._leaving, []
+        for sent in (leaving, *sends.values()):
             for handle, _ in sent:
                 yield handle
 
