@@ -18,11 +18,16 @@ from weft.cost.step_time import IterationShape
 from weft.engine.batch import Batch, CacheGroup, ExecutorInfo, StepResult
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
-from weft.engine.iteration_shape import iteration_shape
+from weft.engine.iteration_shape import ShapeCounter, iteration_shape
 from weft.engine.request import Request
 from weft.engine.sampling import SamplingParams
 from weft.runtime import serve_profiler
-from weft.runtime.serve_profiler import ProfileConfig, profile_serving, quick_profile
+from weft.runtime.serve_profiler import (
+    ProfileConfig,
+    profile_serving,
+    quick_profile,
+    warm_up_finetuning,
+)
 from weft.runtime.serve_sweep import Row, SweepBatches, SweepLimits, decodes, default_sweep
 from weft.sim.batch_executor import SimulatedBatchExecutor
 from weft.sim.serving_setup import setup_from_profile
@@ -404,6 +409,26 @@ def test_a_quick_sweep_tells_rows_from_tokens_and_ends_in_time() -> None:
     ):
         assert found.device_s(shape) == pytest.approx(machine.device_s(shape), rel=0.25)
     assert any(point.shape.num_ft_steps for point in found.device_points)
+
+
+@pytest.mark.parametrize("num_samples", [0, 2])
+def test_warming_up_takes_one_step_forward_and_backward(
+    num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = replace(INFO, max_finetune_samples=num_samples)
+    executor = SimulatedBatchExecutor(info, TrainingMachine(), VirtualClock())
+    shapes: list[IterationShape] = []
+    counter, submit = ShapeCounter(info), executor.submit
+
+    def noted(batch: Batch) -> None:
+        shapes.append(counter.count(batch))
+        submit(batch)
+
+    monkeypatch.setattr(executor, "submit", noted)
+    warm_up_finetuning(executor, max_model_len=512, max_num_batched_tokens=512)
+    assert any(shape.num_ft_tokens for shape in shapes) == bool(num_samples)
+    assert any(shape.num_ft_token_layers for shape in shapes) == bool(num_samples)
+    assert any(shape.num_ft_steps for shape in shapes) == bool(num_samples)
 
 
 @dataclass(frozen=True, kw_only=True)

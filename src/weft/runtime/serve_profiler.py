@@ -185,6 +185,27 @@ def quick_profile(
     )
 
 
+def warm_up_finetuning(
+    executor: BatchExecutor, *, max_model_len: int, max_num_batched_tokens: int
+) -> None:
+    """Take one small step of training, if the executor holds samples, and forget it.
+
+    What a first step compiles would otherwise hold up the requests that run when a first job comes.
+    """
+    # Windows of some tens of tokens meet the kernels for many rows, smaller ones those for few.
+    windows = [w for w in _QUICK_WINDOWS[:2] if 2 * w <= max_model_len]
+    if executor.info.max_finetune_samples < 1:
+        return
+    config = ProfileConfig(
+        max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens
+    )
+    for window in windows:
+        settings = _windows_of(window)
+        lengths = (2 * window, window)
+        adapter = AdapterSpec(rank=16)
+        _train(executor, config, adapter, WallClock(), settings, lengths, num_requests=0)
+
+
 def processor_name(device: torch.device) -> str:
     """What a profile of a device holds for."""
     if device.type == "cuda":
@@ -222,12 +243,7 @@ def _quick_finetune(
         is_late = start_s + 24 * last_s > until_s
         if 2 * window > config.max_model_len or (index >= 2 and is_late):
             break
-        settings = FinetuneConfig(
-            policy=FinetunePolicy.FINETUNE_ONLY,
-            forward_window=window,
-            backward_window=window,
-            max_window_tokens=window,
-        )
+        settings = _windows_of(window)
         adapter = AdapterSpec(rank=16)
         lengths = (2 * window, window)
         # Kernels are compiled when a window of a size is first seen.
@@ -342,12 +358,7 @@ def _finetune(
     for window in _WINDOWS:
         if window > longest or (steps and clock.now_s() - begin_s > config.time_limit_s / 2):
             break
-        settings = FinetuneConfig(
-            policy=FinetunePolicy.FINETUNE_ONLY,
-            forward_window=window,
-            backward_window=window,
-            max_window_tokens=window,
-        )
+        settings = _windows_of(window)
         # Small windows of a long sample would take for ever and teach no more.
         length = min(longest, 4 * window)
         # Kernels are compiled when they are first met: that is not what a window takes.
@@ -363,6 +374,16 @@ def _finetune(
             executor, config, adapter, clock, settings, (length,), num_requests=num_requests
         )
     return steps
+
+
+def _windows_of(num_tokens: int) -> FinetuneConfig:
+    """Finetuning alone, in windows of one size."""
+    return FinetuneConfig(
+        policy=FinetunePolicy.FINETUNE_ONLY,
+        forward_window=num_tokens,
+        backward_window=num_tokens,
+        max_window_tokens=num_tokens,
+    )
 
 
 def _train(

@@ -16,7 +16,7 @@ from weft.engine.finetune_limits import FinetuneMemory
 from weft.runtime.adapter_store import AdapterStore
 from weft.runtime.build import BuiltModel, ExecutorConfig, build_executor
 from weft.runtime.memory import free_memory_bytes
-from weft.runtime.serve_profiler import processor_name, quick_profile
+from weft.runtime.serve_profiler import processor_name, quick_profile, warm_up_finetuning
 from weft.serve.engine_config import EngineConfig
 from weft.serve.engine_core import BuiltExecutor
 from weft.serve.step_times import find_step_times
@@ -83,11 +83,18 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
     dtype = str(resolved.dtype).removeprefix("torch.")
     device = f"{processor_name(resolved.device)}, {torch.get_num_threads()} threads"
 
+    limits = {
+        "max_model_len": resolved.max_model_len,
+        "max_num_batched_tokens": resolved.max_num_batched_tokens,
+    }
+    is_warm = False
+
     def measure() -> StepTimeProfile:
+        nonlocal is_warm
+        is_warm = True
         return quick_profile(
             built.executor,
-            max_model_len=resolved.max_model_len,
-            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            **limits,
             model=resolved.model_path.name,
             dtype=dtype,
             device=device,
@@ -100,13 +107,15 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
         "config": settings.read_text(encoding="utf-8") if settings.exists() else "",
         "dtype": dtype,
         "device": f"{resolved.device} {device}",
-        "max_model_len": resolved.max_model_len,
+        **limits,
         "max_num_seqs": info.max_num_seqs,
-        "max_num_batched_tokens": resolved.max_num_batched_tokens,
         "max_finetune_samples": info.max_finetune_samples,
     }
     try:
-        return find_step_times(config.step_times, key=key, measure=measure)
+        found = find_step_times(config.step_times, key=key, measure=measure)
+        if found is not None and not is_warm:
+            warm_up_finetuning(built.executor, **limits)
+        return found
     except BaseException:
         built.executor.close()
         raise
