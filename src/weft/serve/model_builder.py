@@ -83,10 +83,7 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
     dtype = str(resolved.dtype).removeprefix("torch.")
     device = f"{processor_name(resolved.device)}, {torch.get_num_threads()} threads"
 
-    limits = {
-        "max_model_len": resolved.max_model_len,
-        "max_num_batched_tokens": resolved.max_num_batched_tokens,
-    }
+    context, batch_tokens = resolved.max_model_len, resolved.max_num_batched_tokens
     is_warm = False
 
     def measure() -> StepTimeProfile:
@@ -94,7 +91,8 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
         is_warm = True
         return quick_profile(
             built.executor,
-            **limits,
+            max_model_len=context,
+            max_num_batched_tokens=batch_tokens,
             model=resolved.model_path.name,
             dtype=dtype,
             device=device,
@@ -107,14 +105,17 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
         "config": settings.read_text(encoding="utf-8") if settings.exists() else "",
         "dtype": dtype,
         "device": f"{resolved.device} {device}",
-        **limits,
+        "max_model_len": context,
+        "max_num_batched_tokens": batch_tokens,
         "max_num_seqs": info.max_num_seqs,
         "max_finetune_samples": info.max_finetune_samples,
     }
     try:
         found = find_step_times(config.step_times, key=key, measure=measure)
         if found is not None and not is_warm:
-            warm_up_finetuning(built.executor, **limits)
+            warm_up_finetuning(
+                built.executor, max_model_len=context, max_num_batched_tokens=batch_tokens
+            )
         return found
     except BaseException:
         built.executor.close()
