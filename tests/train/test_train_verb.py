@@ -44,9 +44,7 @@ def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_trained_weights_are_not_lost_in_silence(pretrained: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"loads the weights of .* as --weights"
-    ):
+    with pytest.raises(ConfigError, match=r"loads the weights of .* as --weights"):
         load_model("users_own:loads", None)
     assert load_model("users_own:loads", None, has_weights=True).name == "loads"
     assert load_model("users_own:begins", None).name == "begins"
