@@ -37,6 +37,7 @@ from weft.plan.pipedream import plan_of_size
 from weft.plan.piper import candidates, enumerate_downsets, num_states
 from weft.plan.problem import InfeasiblePlanError, Problem, micro_batch_sizes
 from weft.plan.replay import step_time_s
+from weft.plan.schedule import ScheduleError
 from weft.plan.schedules import generate
 from weft.plan.spp import linear_search
 from weft.plan.train_plan import PlanError, TrainPlan
@@ -398,7 +399,13 @@ def test_every_method_plans_random_graphs_validly_and_without_deadlock(model: Ra
             cost=ToyCost(),
         )
         validate_plan(found, model.graph, cluster)
-        check_deadlock(generate(found))
+        try:
+            schedule = generate(found)
+        except ScheduleError as refused:
+            if method == "2bw" and "this plan has frozen ones" in str(refused):
+                continue
+            raise
+        check_deadlock(schedule)
         assert step_time_s(found) > 0
 
 

@@ -84,4 +84,4 @@ def test_a_failure_that_comes_again_ends_both_agents(tmp_path: Path, how: str) -
     assert "weft train: rank" in err
     assert "is not finite on rank" in err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()  # the first loss stops it
-    assert no_orphans()
+    assert no_orphans(tmp_path)
