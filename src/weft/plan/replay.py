@@ -66,32 +66,54 @@ def step_time_s(plan: TrainPlan, schedule: Schedule | None = None) -> float:
 
 
 def _extrapolated_step_s(merged: MergedPlan) -> float | None:
-    """Step time of many equal micro-batches from three shorter batches; None where it is not sure.
+    """Step time of many equal micro-batches from a shorter batch; None where it is not sure.
 
-    Once a pipeline has settled, every further window of micro-batches takes the same time (max-plus
-    systems become periodic). Two equal windows in a row, long after every stage has filled, show
-    that it has.
+    What a pipeline does next follows from when its last few micro-batches passed every stage. Once
+    each of those passes is later by the same time than one window of micro-batches before, every
+    further window takes that time too (max-plus systems become periodic).
     """
     plan = merged.plan
     sizes = {stage.micro_batch for stage in plan.stages}
     if len(sizes) > 1 or plan.schedule != "1f1b":
         return None
     (size,) = sizes
-    settled = 4 * max(stage.num_in_flight for stage in plan.stages) + _WINDOW
-    counts = [settled + i * _WINDOW for i in range(3)]
+    depth = max(stage.num_in_flight for stage in plan.stages)
+    count = 4 * depth + 3 * _WINDOW
     total = plan.batch_size // size
-    if total < 2 * sum(counts):
+    if total < 6 * (count - _WINDOW):
         return None
-    # The windows must end where the batch does.
-    counts = [count + (total - settled) % _WINDOW for count in counts]
-    times_s = [
-        _replayed_step_s(short, generate(short), merged.delays_s)
-        for short in (plan.replace(batch_size=count * size) for count in counts)
-    ]
-    first_s, second_s = times_s[1] - times_s[0], times_s[2] - times_s[1]
-    if abs(second_s - first_s) > 1e-10 * times_s[2]:
+    # The window must end where the batch does.
+    count += (total - count) % _WINDOW
+    short = plan.replace(batch_size=count * size)
+    result = replay(lower(short, generate(short), edge_delays_s=merged.delays_s))
+    window_s = _window_s(result, count, depth)
+    if window_s is None:
         return None
-    return times_s[2] + (total - counts[2]) // _WINDOW * second_s
+    return result.makespan_s + (total - count) // _WINDOW * window_s
+
+
+def _window_s(result: Replay, count: int, depth: int) -> float | None:
+    """How much later all passes are than a window of micro-batches before; None if they differ.
+
+    Compared are the passes of 2 x `depth` of `count` micro-batches, `depth` before the end.
+    """
+    columns = result.tasks.columns
+    (passes,) = np.nonzero(np.isin(columns.kind, [CODE[ActionKind.F], CODE[ActionKind.B]]))
+    keys = (columns.micro_batch, columns.kind, columns.stage, result.tasks.device)
+    order = passes[np.lexsort([key[passes] for key in keys])]
+    if len(order) % count:
+        return None
+    if not (columns.micro_batch[order].reshape(-1, count) == np.arange(count)).all():
+        return None
+    end_s = result.end_s[order].reshape(-1, count)
+    last = count - depth
+    later_s = (
+        end_s[:, last - 2 * depth : last] - end_s[:, last - 2 * depth - _WINDOW : last - _WINDOW]
+    )
+    window_s = float(later_s.mean())
+    if np.abs(later_s - window_s).max() > 1e-10 * result.makespan_s:
+        return None
+    return window_s
 
 
 def _replayed_step_s(
