@@ -38,9 +38,10 @@ def merge_replicas(plan: TrainPlan) -> MergedPlan | None:
     delays_s: dict[EdgeDirection, float] = {}
     is_exact = True
     for edge in plan.edges:
+        # Edges of no bytes too: a replica with part of a micro-batch waits for that part alone.
+        is_exact &= plan.stages[edge.source].micro_batch == plan.stages[edge.target].micro_batch
         if edge.is_order_only:
             continue
-        is_exact &= plan.stages[edge.source].micro_batch == plan.stages[edge.target].micro_batch
         for direction, seconds in _message_times_s(plan, edge).items():
             is_exact &= bool(seconds.min() == seconds.max())
             delays_s[direction] = float(seconds.max())
