@@ -122,6 +122,24 @@ def test_equal_replicas_are_replayed_once_and_unequal_ones_bound_the_time() -> N
     assert merge_replicas(chain(4, 2, devices=[(0,), (1,), (0,), (1,)])) is None
 
 
+def test_replicas_with_parts_of_a_micro_batch_wait_for_their_part_of_an_edge_of_no_bytes() -> None:
+    plan = stage_plan(
+        [(0, 1), (1, 2)],
+        3,
+        batch_size=12,
+        micro_batch=[6, 12, 6],
+        dp=[1, 2, 1],
+        forward_s=[1.0, 0.0, 0.0],
+        backward_s=[0.0, 0.0, 1.0],
+        edge_bytes=0,
+        frozen=[0],
+    )
+    merged = merge_replicas(plan)
+    assert merged is not None
+    assert not merged.is_exact
+    assert step_time_s(plan) == step_time_s(plan, generate(plan)) == 3.0
+
+
 @settings(max_examples=25, deadline=None)
 @given(random_plans(mixed=False, replicas=False), st.integers(330, 700))
 def test_many_micro_batches_are_extrapolated_to_rounding(plan: TrainPlan, count: int) -> None:
