@@ -21,7 +21,7 @@ from weft.serve.api_keys import ANYONE
 from weft.serve.finetune_bodies import JobBody
 from weft.serve.finetune_service import FinetuneService, FinetuneServiceConfig
 from weft.serve.messages import JobAction
-from weft.serve.records import Purpose, StoredJob, StoredStatus
+from weft.serve.records import Purpose, StoredJob
 from weft.serve.served_models import ServedModels
 from weft.serve.store import Store
 
@@ -101,9 +101,9 @@ async def seen(service: FinetuneService, job: StoredJob, **wanted: Any) -> Store
 
 def test_a_job_that_ends_while_it_is_told_to_is_no_mistake(model_dir: Path, tmp_path: Path) -> None:
     async def work(service: FinetuneService, engine: HandEngine, job: StoredJob) -> None:
-        await seen(service, job, status=StoredStatus.RUNNING)
+        await seen(service, job, status=JobStatus.RUNNING)
         ended = await service.control("", job.id, JobAction.CANCEL)
-        assert ended.status is StoredStatus.CANCELLED
+        assert ended.status is JobStatus.CANCELLED
 
     with_job(model_dir, tmp_path, work)
 
@@ -111,14 +111,14 @@ def test_a_job_that_ends_while_it_is_told_to_is_no_mistake(model_dir: Path, tmp_
 def test_a_pause_is_no_part_of_the_time_that_a_step_takes(model_dir: Path, tmp_path: Path) -> None:
     async def work(service: FinetuneService, engine: HandEngine, job: StoredJob) -> None:
         engine.says(step(job, 1, elapsed_s=100.0))
-        found = await seen(service, job, step=1, status=StoredStatus.RUNNING)
+        found = await seen(service, job, step=1, status=JobStatus.RUNNING)
         first = service.estimated_finish(found)
         assert first is not None
         engine.changes(job.id, JobStatus.PAUSED)
-        found = await seen(service, job, status=StoredStatus.PAUSED)
+        found = await seen(service, job, status=JobStatus.PAUSED)
         assert service.estimated_finish(found) is None
         engine.changes(job.id, JobStatus.RUNNING)
-        found = await seen(service, job, status=StoredStatus.RUNNING)
+        found = await seen(service, job, status=JobStatus.RUNNING)
         assert service.estimated_finish(found) is None
         engine.says(step(job, 2, elapsed_s=1e6))
         found = await seen(service, job, step=2)
@@ -129,6 +129,6 @@ def test_a_pause_is_no_part_of_the_time_that_a_step_takes(model_dir: Path, tmp_p
         assert last is not None
         assert last < first
         engine.changes(job.id, JobStatus.CANCELLED)
-        await seen(service, job, status=StoredStatus.CANCELLED)
+        await seen(service, job, status=JobStatus.CANCELLED)
 
     with_job(model_dir, tmp_path, work)

@@ -23,7 +23,7 @@ from weft.serve.api_keys import Tenant
 from weft.serve.finetune_bodies import JobBody
 from weft.serve.finetune_service import FinetuneService, FinetuneServiceConfig
 from weft.serve.messages import JobAction
-from weft.serve.records import Purpose, StorageError, StoredJob, StoredStatus
+from weft.serve.records import Purpose, StorageError, StoredJob
 from weft.serve.served_models import ServedModels
 from weft.serve.store import Store
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_kept_fails_its_job_alone(
         if not lasts:
             monkeypatch.setattr(store, "finish_job", finish_job)
         engine.say(step(bad.id, 1), step(good.id, 1))
-        while (await service.job("t", bad.id)).status is not StoredStatus.FAILED:
+        while (await service.job("t", bad.id)).status is not JobStatus.FAILED:
             await asyncio.sleep(0.01)
         engine.say(step(good.id, 2))
         while (await service.job("t", good.id)).step < 2:
@@ -121,10 +121,10 @@ def test_what_cannot_be_kept_fails_its_job_alone(
         return found
 
     bad, good = asyncio.run(run())
-    assert bad.status is StoredStatus.FAILED
+    assert bad.status is JobStatus.FAILED
     assert bad.error_code == "storage_full"
     assert FULL in (bad.error_message or "")
     assert bad.finished_at is not None
     assert (bad.result_file is None) is lasts
-    assert good.status is StoredStatus.QUEUED
+    assert good.status is JobStatus.QUEUED
     assert good.step == 2

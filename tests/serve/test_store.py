@@ -13,6 +13,7 @@ import pytest
 
 from serve.postgres import find_binaries, running_postgres
 from weft.base.errors import ConfigError
+from weft.engine.finetune import JobStatus
 from weft.serve.records import (
     InUseError,
     NotFoundError,
@@ -20,7 +21,6 @@ from weft.serve.records import (
     StorageError,
     StoredAdapter,
     StoredJob,
-    StoredStatus,
 )
 from weft.serve.store import KEPT_CHECKPOINTS, Store
 
@@ -74,7 +74,7 @@ def _job(store: Store, name: str = "ftjob-1", **values: Any) -> StoredJob:
             "model": "base",
             "base_model": "base",
             "suffix": "",
-            "status": StoredStatus.RUNNING,
+            "status": JobStatus.RUNNING,
             "training_file": file.id,
             "validation_file": None,
             "seed": 2**63 - 1,
@@ -225,7 +225,7 @@ def test_a_checkpoint_whose_directory_is_gone_is_not_resumed(store: Store) -> No
 def test_orphans_are_swept(open_store: OpenStore) -> None:
     store = open_store()
     job = _job(store)
-    done = _job(store, "ftjob-2", status=StoredStatus.SUCCEEDED)
+    done = _job(store, "ftjob-2", status=JobStatus.SUCCEEDED)
     _save(store, job.id, 1)
     _save(store, done.id, 1)
     _save(store, "ftjob-unknown", 1)
@@ -256,7 +256,7 @@ def _adapter(store: Store, job: StoredJob) -> StoredAdapter:
         directory=store.take_adapter(job.id, final),
         created_at=1,
     )
-    store.finish_job(job, StoredStatus.SUCCEEDED, "done", results=b"step\n", adapter=adapter)
+    store.finish_job(job, JobStatus.SUCCEEDED, "done", results=b"step\n", adapter=adapter)
     return adapter
 
 
@@ -267,7 +267,7 @@ def test_an_adapter_is_there_with_the_end_of_its_job(open_store: OpenStore) -> N
     again = open_store()
     assert again.adapters() == [adapter]
     done = again.job("t", job.id)
-    assert done.status is StoredStatus.SUCCEEDED
+    assert done.status is JobStatus.SUCCEEDED
     assert done.fine_tuned_model == adapter.name
     assert again.read_file("t", done.result_file or "") == b"step\n"
     assert again.events(job.id).items[0].message == "done"
@@ -279,9 +279,9 @@ def test_an_adapter_is_there_with_the_end_of_its_job(open_store: OpenStore) -> N
     assert not again.adapter_path(adapter).exists()
 
 
-@pytest.mark.parametrize("status", [StoredStatus.FAILED, StoredStatus.SUCCEEDED])
+@pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.SUCCEEDED])
 def test_checkpoints_outlive_their_job_without_its_training_state(
-    open_store: OpenStore, status: StoredStatus
+    open_store: OpenStore, status: JobStatus
 ) -> None:
     store = open_store()
     job = _job(store)
@@ -302,7 +302,7 @@ def test_checkpoints_outlive_their_job_without_its_training_state(
     user = _job(again, "ftjob-2", model="name")
     with pytest.raises(InUseError, match="ftjob-2"):
         again.delete_checkpoint("t", job.id, 1, name="name")
-    again.update_job(user.id, status=StoredStatus.CANCELLED)
+    again.update_job(user.id, status=JobStatus.CANCELLED)
     with pytest.raises(NotFoundError):
         again.delete_checkpoint("other", job.id, 1, name="name")
     again.delete_checkpoint("t", job.id, 1, name="name")
@@ -327,7 +327,7 @@ def test_what_a_job_needs_is_not_deleted(store: Store) -> None:
         store.delete_adapter("t", adapter.name)
     with pytest.raises(InUseError, match="ftjob-2"):
         store.delete_file("t", user.training_file)
-    store.update_job(user.id, status=StoredStatus.CANCELLED)
+    store.update_job(user.id, status=JobStatus.CANCELLED)
     store.delete_adapter("t", adapter.name)
     store.delete_file("t", user.training_file)
 

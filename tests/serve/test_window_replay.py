@@ -16,7 +16,6 @@ from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
 from weft.engine.sampling import SamplingParams
 from weft.engine.window_log import read_window_log
 from weft.serve.llm import LLM
-from weft.serve.offline_finetune import FINAL_STATUSES
 
 ROWS = [{"text": f"{i}: " + "the quick brown fox " * (i % 5 + 1)} for i in range(10)]
 SETTINGS: dict[str, Any] = {
@@ -63,7 +62,7 @@ def train_beside_requests(
     with LLM(model, dtype=dtype, finetune_config=config, num_threads=1, record_windows=log) as llm:
         job = llm.finetune(ROWS, adapter="job", output_dir=out, **SETTINGS)
         number = 0
-        while job.status not in FINAL_STATUSES:
+        while not job.status.is_final:
             number += 1
             llm.generate([f"{number}-{i}" + "x" * (7 * i) for i in range(5)], sampling)
         assert number > 3

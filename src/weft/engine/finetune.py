@@ -344,7 +344,7 @@ class FinetuneOutcome:
 
 
 class JobStatus(StrEnum):
-    """Where a job is within an engine."""
+    """Where a job is; the API shows and the store keeps the same words."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -352,6 +352,14 @@ class JobStatus(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing comes after it."""
+        return self in FINAL_STATUSES
+
+
+FINAL_STATUSES = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from weft.engine.finetune import JobStatus
 from weft.serve.finetune_bodies import JobSettings
 from weft.serve.records import (
     Page,
@@ -14,7 +15,6 @@ from weft.serve.records import (
     StoredEvent,
     StoredFile,
     StoredJob,
-    StoredStatus,
 )
 
 METRIC_COLUMNS = (
@@ -73,7 +73,7 @@ def job_object(job: StoredJob, *, estimated_finish: int | None = None) -> dict[s
     settings = JobSettings.from_json(job.resolved)
     hyperparameters = settings.hyperparameters()
     error = None
-    if job.status is StoredStatus.FAILED:
+    if job.status is JobStatus.FAILED:
         error = {"code": job.error_code, "message": job.error_message, "param": None}
     return {
         "id": job.id,

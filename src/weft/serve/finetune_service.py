@@ -50,7 +50,6 @@ from weft.serve.records import (
     StorageError,
     StoredAdapter,
     StoredJob,
-    StoredStatus,
 )
 from weft.serve.served_models import ServedModels
 from weft.serve.store import Store
@@ -190,7 +189,7 @@ class FinetuneService:
             model=body.model,
             base_model=self._config.base_names[0],
             suffix=body.suffix or "",
-            status=StoredStatus.QUEUED,
+            status=JobStatus.QUEUED,
             training_file=body.training_file,
             validation_file=body.validation_file,
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
@@ -221,14 +220,14 @@ class FinetuneService:
         """
         job = await self.job(tenant, job_id)
         wanted = {
-            JobAction.CANCEL: (StoredStatus.CANCELLED,),
-            JobAction.PAUSE: (StoredStatus.PAUSED,),
-            JobAction.RESUME: (StoredStatus.QUEUED, StoredStatus.RUNNING),
+            JobAction.CANCEL: (JobStatus.CANCELLED,),
+            JobAction.PAUSE: (JobStatus.PAUSED,),
+            JobAction.RESUME: (JobStatus.QUEUED, JobStatus.RUNNING),
         }[action]
         allowed = {
-            JobAction.CANCEL: (StoredStatus.QUEUED, StoredStatus.RUNNING, StoredStatus.PAUSED),
-            JobAction.PAUSE: (StoredStatus.QUEUED, StoredStatus.RUNNING),
-            JobAction.RESUME: (StoredStatus.PAUSED,),
+            JobAction.CANCEL: (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.PAUSED),
+            JobAction.PAUSE: (JobStatus.QUEUED, JobStatus.RUNNING),
+            JobAction.RESUME: (JobStatus.PAUSED,),
         }[action]
         if job.status not in allowed:
             raise InvalidRequestError(
@@ -264,7 +263,7 @@ class FinetuneService:
     def estimated_finish(self, job: StoredJob) -> int | None:
         """When a running job will have ended, at its present speed; Unix seconds."""
         finish_at = self._finish_at.get(job.id)
-        is_running = job.status is StoredStatus.RUNNING
+        is_running = job.status is JobStatus.RUNNING
         return int(finish_at) if is_running and finish_at is not None else None
 
     # ---- starting jobs ----
@@ -363,13 +362,13 @@ class FinetuneService:
             examples = await asyncio.to_thread(_examples, training, validation)
             samples, checked = await asyncio.to_thread(self._encode, settings, examples)
             await self._submit(job, samples, checked, initial=initial, resume_step=step)
-            if job.status is StoredStatus.PAUSED:
+            if job.status is JobStatus.PAUSED:
                 await self._engine.control_job(job.id, JobAction.PAUSE)
         except EngineDeadError:
             raise
         except (WeftError, OSError) as error:
             logger.warning("job %s cannot go on: %s", job.id, error)
-            await self._end(job, StoredStatus.FAILED, str(error), code="cannot_resume")
+            await self._end(job, JobStatus.FAILED, str(error), code="cannot_resume")
             return
         text = f"Resumed after a restart at step {step or 0} of {job.num_steps}"
         await self.run(self._store.add_event, job.id, text)
@@ -429,20 +428,20 @@ class FinetuneService:
         )
 
     async def _change(self, event: JobChanged) -> None:
-        status = StoredStatus(event.status.value)
+        status = event.status
         job = await self.run(self._store.job, None, event.job_id)
         if job.status.is_final:
             # It was given up while nothing could be written; its history ends now that this can.
             text = job.error_message or f"Fine-tuning job {job.status}"
             await self._end(job, job.status, text, code=job.error_code)
-        elif status is StoredStatus.SUCCEEDED:
+        elif status is JobStatus.SUCCEEDED:
             await self._succeed(job, event)
         elif status.is_final:
-            code = "job_failed" if status is StoredStatus.FAILED else None
+            code = "job_failed" if status is JobStatus.FAILED else None
             text = event.message or f"Fine-tuning job {status}"
             await self._end(job, status, text, code=code)
         elif job.status is not status and not job.status.is_final:
-            if status is StoredStatus.PAUSED:
+            if status is JobStatus.PAUSED:
                 self._finish_at.pop(job.id, None)
                 self._was_paused.add(job.id)
             text = {
@@ -474,7 +473,7 @@ class FinetuneService:
         )
         await self._end(
             job,
-            StoredStatus.SUCCEEDED,
+            JobStatus.SUCCEEDED,
             f"New fine-tuned model created: {adapter.name}",
             adapter=adapter,
         )
@@ -482,7 +481,7 @@ class FinetuneService:
     async def _end(
         self,
         job: StoredJob,
-        status: StoredStatus,
+        status: JobStatus,
         message: str,
         *,
         code: str | None = None,
@@ -521,7 +520,7 @@ class FinetuneService:
             await self.run(
                 self._store.update_job,
                 job_id,
-                status=StoredStatus.FAILED,
+                status=JobStatus.FAILED,
                 error_code="storage_full",
                 error_message=str(error),
                 finished_at=int(time.time()),

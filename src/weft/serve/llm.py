@@ -28,7 +28,6 @@ from weft.serve.interrupts import held_interrupts
 from weft.serve.lora_request import LoRARequest, LoraRequests
 from weft.serve.messages import JobAction
 from weft.serve.offline_finetune import (
-    FINAL_STATUSES,
     FinetuneData,
     FinetuneJob,
     FinetuneSettings,
@@ -428,7 +427,7 @@ class LLM:
             job = self._jobs.get(event.job_id)
             if job is not None:
                 job.hear(event)
-                if job.status in FINAL_STATUSES:
+                if job.status.is_final:
                     del self._jobs[job.id]
 
     def _take(

@@ -35,7 +35,6 @@ from weft.serve.finetune_data import (
     read_examples,
 )
 
-FINAL_STATUSES = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 FinetuneData = str | PathLike[str] | Iterable[Mapping[str, Any] | str]
 """A JSONL file, or its lines as objects; plain strings are texts."""
 
@@ -163,7 +162,7 @@ class FinetuneJob:
             ConfigError: it is paused, so nothing would ever happen.
         """
         seen = len(self.metrics)
-        while self.status not in FINAL_STATUSES:
+        while not self.status.is_final:
             self._drive(self)
             for metrics in self.metrics[seen:]:
                 if on_step is not None:

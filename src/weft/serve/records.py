@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from weft.base.errors import InvalidRequestError, WeftError
+from weft.engine.finetune import JobStatus
 
 
 class NotFoundError(InvalidRequestError):
@@ -35,25 +36,6 @@ class Purpose(StrEnum):
     RESULTS = "fine-tune-results"
 
 
-class StoredStatus(StrEnum):
-    """A job's status as the API names it."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def is_final(self) -> bool:
-        """Whether nothing comes after it."""
-        return self in FINAL_STATUSES
-
-
-FINAL_STATUSES = (StoredStatus.SUCCEEDED, StoredStatus.FAILED, StoredStatus.CANCELLED)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFile:
     """A file that was uploaded, or results that were written."""
@@ -79,7 +61,7 @@ class StoredJob:
     """As it was asked for: the base, or an earlier result to start from."""
     base_model: str
     suffix: str
-    status: StoredStatus
+    status: JobStatus
     training_file: str
     validation_file: str | None
     seed: int

@@ -10,9 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
+from weft.engine.finetune import FINAL_STATUSES, JobStatus
 from weft.serve import database as db
 from weft.serve.records import (
-    FINAL_STATUSES,
     InUseError,
     Purpose,
     StoredAdapter,
@@ -20,7 +20,6 @@ from weft.serve.records import (
     StoredEvent,
     StoredFile,
     StoredJob,
-    StoredStatus,
 )
 
 
@@ -115,7 +114,7 @@ def as_file(row: Row[Any]) -> StoredFile:
 
 def as_job(row: Row[Any]) -> StoredJob:
     fields = dict(row._mapping)
-    return StoredJob(**{**fields, "status": StoredStatus(fields["status"])})
+    return StoredJob(**{**fields, "status": JobStatus(fields["status"])})
 
 
 def as_event(row: Row[Any]) -> StoredEvent:

@@ -25,10 +25,10 @@ from sqlalchemy.exc import DatabaseError
 
 from weft.base.durable import write_file
 from weft.base.errors import WeftError
+from weft.engine.finetune import FINAL_STATUSES, JobStatus
 from weft.serve import database as db
 from weft.serve import rows
 from weft.serve.records import (
-    FINAL_STATUSES,
     InUseError,
     NotFoundError,
     Page,
@@ -38,7 +38,6 @@ from weft.serve.records import (
     StoredCheckpoint,
     StoredFile,
     StoredJob,
-    StoredStatus,
 )
 
 KEPT_CHECKPOINTS = 3
@@ -377,7 +376,7 @@ class Store:
     def finish_job(
         self,
         job: StoredJob,
-        status: StoredStatus,
+        status: JobStatus,
         message: str,
         *,
         results: bytes,
@@ -387,7 +386,7 @@ class Store:
     ) -> StoredFile:
         """A job has ended: status, results, the end of its history and its adapter, at once."""
         file = rows.new_file(job.tenant, f"{job.id}-step-metrics.csv", Purpose.RESULTS, results)
-        is_failure = status is StoredStatus.FAILED
+        is_failure = status is JobStatus.FAILED
         values: dict[str, Any] = {
             "status": status,
             "finished_at": rows.now(),
