@@ -292,6 +292,55 @@ def test_bad_jobs_are_refused_at_creation(
     assert client.files.delete(file).deleted
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "a\0b"},
+        {"training_file": "a\0b"},
+        {"validation_file": "a\0b"},
+        {"suffix": "a\0b"},
+        {"metadata": {"a\0b": "c"}},
+        {"metadata": {"a": "b\0c"}},
+        {"weft": {"lora": {"target_modules": ["q\0_proj"]}}},
+    ],
+    ids=str,
+)
+def test_a_job_with_a_character_that_postgresql_cannot_keep_is_refused(
+    server: Server, client: openai.OpenAI, options: dict[str, Any]
+) -> None:
+    body = {"model": MODEL_NAME, "training_file": upload(client), **options}
+    with server.http() as http:
+        refused = http.post("/v1/fine_tuning/jobs", json=body)
+    assert refused.status_code == 400, refused.text
+    assert next(iter(options)) in refused.json()["error"]["message"]
+
+
+def test_names_and_urls_with_that_character_are_refused(server: Server) -> None:
+    with server.http() as http:
+        # As any HTTP client may send it; python's own escape it, so the bytes are written here.
+        part = b'Content-Disposition: form-data; name="'
+        purpose = [b"--x", part + b'purpose"', b"", b"fine-tune"]
+        file = [b"--x", part + b'file"; filename="a\0b.jsonl"', b"", lines("x")]
+        body = b"\r\n".join([*purpose, *file, b"--x--", b""])
+        multipart = {"Content-Type": "multipart/form-data; boundary=x"}
+        answers = [http.post("/v1/files", content=body, headers=multipart)]
+        for path in (
+            "/v1/files/a%00",
+            "/v1/files/a%00/content",
+            "/v1/files?purpose=a%00",
+            "/v1/files?after=a%00",
+            "/v1/fine_tuning/jobs/a%00",
+            "/v1/fine_tuning/jobs/a%00/events",
+            "/v1/models/ft:a%00",
+        ):
+            answers.append(http.get(path))
+        answers.append(http.delete("/v1/models/ft:a%00"))
+        answers.append(http.post("/v1/completions", json={"model": "ft:a\0", "prompt": "x"}))
+    for answer in answers:
+        assert answer.status_code == 400, (answer.url, answer.text)
+        assert "error" in answer.json()
+
+
 def test_a_learning_rate_that_is_no_number_is_refused(
     client: openai.OpenAI, server: Server
 ) -> None:

@@ -38,6 +38,8 @@ def test_a_failed_job_keeps_its_last_good_checkpoint(client: openai.OpenAI) -> N
     assert job.status == "failed"
     assert job.error is not None
     assert f"loss is nan in step {num_good}, sample {num_good}" in job.error.message
+    # The samples are shuffled: what the user can look up is the line.
+    assert f"(line {len(rows)} of the training file)" in job.error.message
     newest = next(iter(client.fine_tuning.jobs.checkpoints.list(job.id)))
     assert newest.step_number == num_good
     name = newest.fine_tuned_model_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,66 @@ def test_what_cannot_be_kept_fails_its_job_alone(
     assert (bad.result_file is None) is lasts
     assert good.status is JobStatus.QUEUED
     assert good.step == 2
+
+
+class SlowEngine(Engine):
+    """Takes jobs when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+
+    async def add_job(self, spec: FinetuneJobSpec) -> None:
+        self.is_asked.set()
+        await self.may_answer.wait()
+        await super().add_job(spec)
+
+
+@pytest.mark.parametrize("instant", ["while the row is written", "while the engine is asked"])
+def test_a_caller_that_hangs_up_leaves_a_whole_job(
+    instant: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        engine = SlowEngine()
+        store = Store(tmp_path / "data")
+        service = FinetuneService(
+            store,
+            engine,
+            Tokenizer.from_directory(model_dir),
+            FinetuneServiceConfig(base_names=("base",), max_model_len=64),
+            ServedModels(("base",), engine),
+        )
+        await service.start()
+        file = await service.run(
+            store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=b'{"text": "abc"}'
+        )
+        is_writing, may_write = asyncio.Event(), threading.Event()
+        loop, add_job = asyncio.get_running_loop(), store.add_job
+
+        def slow_add_job(job: StoredJob, message: str) -> None:
+            loop.call_soon_threadsafe(is_writing.set)
+            assert may_write.wait(20)
+            add_job(job, message)
+
+        monkeypatch.setattr(store, "add_job", slow_add_job)
+        call = loop.create_task(
+            service.create(TENANT, JobBody(model="base", training_file=file.id))
+        )
+        await is_writing.wait()
+        if instant == "while the engine is asked":
+            may_write.set()
+            await engine.is_asked.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        may_write.set()
+        engine.may_answer.set()
+        await service.close()
+        again = Store(tmp_path / "data")
+        kept = [job.id for job in again.unfinished_jobs()]
+        again.close()
+        assert len(kept) == 1
+        assert set(kept) == engine.jobs
+
+    asyncio.run(run())

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from serve.tiny_model import write_tiny_model
 from weft.base.errors import ConfigError
 from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
 from weft.cost.step_time import IterationShape
-from weft.serve.engine_config import EngineInfo
+from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
+from weft.serve import model_builder
+from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.step_times import cache_directory, find_step_times
 
 
@@ -64,6 +67,34 @@ def test_off_measures_nothing_and_a_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing"):
         find_step_times(str(tmp_path / "missing.json"), key={}, measure=sweep)
     assert sweep.num_runs == 0
+
+
+@pytest.mark.parametrize("policy", [FinetunePolicy.INFERENCE_ONLY, FinetunePolicy.COSERVE])
+def test_a_server_that_only_infers_measures_and_warms_up_no_training(
+    policy: FinetunePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    warmed: list[bool] = []
+    monkeypatch.setattr(
+        model_builder, "warm_up_finetuning", lambda *args, **kwargs: warmed.append(True)
+    )
+    config = EngineConfig(
+        model=str(write_tiny_model(tmp_path / "model")),
+        dtype="float32",
+        num_threads=1,
+        kv_cache_memory_bytes=2**22,
+        step_times="auto",
+        finetune=FinetuneConfig(policy=policy),
+    )
+    trains = policy is FinetunePolicy.COSERVE
+    for _ in range(2):  # By a sweep, then from what it left.
+        built = model_builder.build(config)
+        built.executor.close()
+        found = built.step_time
+        assert isinstance(found, StepTimeProfile)
+        assert any(point.shape.has_finetuning for point in found.device_points) is trains
+        assert any(point.shape.num_decode_rows for point in found.device_points)
+    assert warmed == [True] * trains
 
 
 def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ Float32 = npt.NDArray[np.float32]
 
 CHECKPOINT_SHARE = 0.02
 """Of a job's time, what checkpoints may take where their distance is not given."""
+_MOST = 1e6
+"""No optimizer's number makes sense beyond it, and float32 overflows far beyond it."""
 
 
 class LossNormalization(StrEnum):
@@ -106,10 +108,14 @@ class OptimizerSpec:
                 known = ", ".join(kind)
                 raise ConfigError(f"optimizer {field_name} is {given!r}; it must be one of {known}")
             object.__setattr__(self, field_name, kind(given))
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"the learning rate is {self.lr}; it must be a positive number")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+        if not 0 < self.lr <= _MOST:
+            raise ConfigError(
+                f"the learning rate is {self.lr}; it must be a positive number, {_MOST:g} at most"
+            )
+        for field_name in ("weight_decay", "eps"):
+            given = getattr(self, field_name)
+            if not 0 <= given <= _MOST:
+                raise ConfigError(f"{field_name} is {given}; it must be in [0, {_MOST:g}]")
         if not all(0 <= beta < 1 for beta in self.betas) or not 0 <= self.momentum < 1:
             raise ConfigError(f"betas {self.betas} and momentum {self.momentum} must be in [0, 1)")
         if self.num_warmup_steps < 0:
@@ -132,6 +138,8 @@ class TrainingSample:
     """[n], n >= 2."""
     label_weights: Float32
     """[n] weight of the token as a label of the one before it; [0] counts for nothing."""
+    line: int = 0
+    """Of its file, counted from 1; 0 where it is of none."""
 
     @property
     def num_tokens(self) -> int:
@@ -328,6 +336,9 @@ class JobFailure:
     message: str
     step: int
     sample: int | None = None
+    """Whose loss it was; None where no single one is to blame."""
+    is_of_step: bool = False
+    """All samples of the step are to blame: its gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

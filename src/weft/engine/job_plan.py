@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,9 @@ import numpy as np
 from weft.base.errors import ConfigError
 from weft.engine.finetune import FinetuneJobSpec, LossNormalization, TrainingSample
 from weft.engine.sampling import uniforms
+
+_MOST_LINES = 8
+"""Named in one message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,13 +80,9 @@ class JobPlan:
         """The samples of optimizer step `step`, counted from 0, each with its loss scale."""
         spec = self._spec
         epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = sample_order(
-                len(spec.samples), seed=spec.seed, epoch=epoch, shuffles=spec.shuffles
-            )
         first = place * spec.batch_size
-        samples = [spec.samples[i] for i in self._order[first : first + spec.batch_size]]
+        order = self._order_of(epoch)[first : first + spec.batch_size]
+        samples = [spec.samples[i] for i in order]
         weights = [sample.weight for sample in samples]
         return tuple(
             PlannedSample(
@@ -111,6 +111,30 @@ class JobPlan:
             for index, sample in enumerate(spec.validation)
         )
 
+    def lines_of(self, number: int) -> str:
+        """Where in the user's files a sample lies, by its number; empty where that is not known."""
+        samples = self._spec.samples
+        epoch, place = divmod(number, len(samples))
+        if epoch >= self._spec.num_epochs:
+            rest = number - len(samples) * self._spec.num_epochs
+            return _lines([self._spec.validation[rest % len(self._spec.validation)]], "validation")
+        return _lines([samples[self._order_of(epoch)[place]]], "training")
+
+    def lines_of_step(self, step: int) -> str:
+        """Likewise of all samples of an optimizer step."""
+        return _lines([planned.sample for planned in self.step_samples(step)], "training")
+
+    def _order_of(self, epoch: int) -> tuple[int, ...]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = sample_order(
+                len(self._spec.samples),
+                seed=self._spec.seed,
+                epoch=epoch,
+                shuffles=self._spec.shuffles,
+            )
+        return self._order
+
     def validates_after(self, num_steps_done: int) -> bool:
         """Whether a pass over the validation samples follows."""
         every = self._spec.validate_every or self.steps_per_epoch
@@ -137,3 +161,14 @@ class JobPlan:
             total = weights[index] * len(weights)
         # A sample (or a step) without labels teaches nothing; its gradient is 0, not NaN.
         return 1.0 / total if total > 0 else 0.0
+
+
+def _lines(samples: Sequence[TrainingSample], file: str) -> str:
+    """`lines 3, 8 of the training file`."""
+    numbers = sorted({sample.line for sample in samples if sample.line > 0})
+    if not numbers:
+        return ""
+    shown = ", ".join(map(str, numbers[:_MOST_LINES]))
+    more = len(numbers) - _MOST_LINES
+    shown += f" and {more} more" if more > 0 else ""
+    return f"line{'s' * (len(numbers) > 1)} {shown} of the {file} file"

@@ -495,7 +495,13 @@ class FinetuneJobs:
         )
 
     def _fail(self, job: Job, failure: JobFailure) -> None:
-        self._end(job, JobStatus.FAILED, failure.message)
+        where = ""
+        if failure.sample is not None:
+            where = job.plan.lines_of(failure.sample)
+        elif failure.is_of_step:
+            where = job.plan.lines_of_step(failure.step)
+        message = f"{failure.message} ({where})" if where else failure.message
+        self._end(job, JobStatus.FAILED, message)
 
     def _end(self, job: Job, status: JobStatus, message: str = "") -> None:
         self._park(job)

@@ -277,7 +277,7 @@ class FinetuneJobs:
         norm = clip_(trained.grads, job.start.optimizer.max_grad_norm)
         if not np.isfinite(norm):
             message = f"the gradient of step {step.step} is not finite (its norm is {norm})"
-            self._fail(step.job_id, message, step.step)
+            self._fail(step.job_id, message, step.step, is_of_step=True)
             return
         job.optimizer.update(trained.master, trained.grads, lr=step.lr, num_done=step.step)
         trained.grads.zero_()
@@ -324,10 +324,10 @@ class FinetuneJobs:
             message = f"the finished adapter cannot be served: {error}"
             self._fail(publish.job_id, message, job.num_steps)
 
-    def _fail(self, job_id: str, message: str, step: int, sample: int | None = None) -> None:
+    def _fail(self, job_id: str, message: str, step: int, *, is_of_step: bool = False) -> None:
         """Report a job, free what it holds, and ignore it from here on."""
         self._outcome.failures.append(
-            JobFailure(job_id=job_id, message=message, step=step, sample=sample)
+            JobFailure(job_id=job_id, message=message, step=step, is_of_step=is_of_step)
         )
         self._forget(job_id)
 
@@ -342,8 +342,7 @@ class FinetuneJobs:
         """What a batch did; a job whose loss is not finite fails here."""
         sums = [] if pending.loss_sums is None else pending.loss_sums.wait()["sums"].tolist()
         losses: list[SegmentLoss] = []
-        failures = list(pending.failures)
-        failed = {failure.job_id for failure in failures}
+        failures = {failure.job_id: failure for failure in pending.failures}
         for segment, loss_sum, weight in zip(pending.loss_rows, sums, pending.weights, strict=True):
             job_id = segment.job_id
             if np.isfinite(loss_sum):
@@ -352,23 +351,26 @@ class FinetuneJobs:
                         job_id=job_id, sample=segment.sample, loss_sum=loss_sum, weight=weight
                     )
                 )
-            elif job_id in self._jobs and job_id not in failed:
-                failed.add(job_id)
-                step = self._jobs[job_id].num_steps
-                failures.append(
-                    JobFailure(
-                        job_id=job_id,
-                        message=f"the loss of sample {segment.sample} in step {step} is {loss_sum}",
-                        step=step,
-                        sample=segment.sample,
-                    )
-                )
-                self._forget(job_id)
+                continue
+            known, job = failures.get(job_id), self._jobs.get(job_id)
+            if known is not None and known.is_of_step:
+                step = known.step  # The loss says more than the gradient that it has spoilt.
+            elif job is not None:
+                step = job.num_steps
+            else:
+                continue
+            failures[job_id] = JobFailure(
+                job_id=job_id,
+                message=f"the loss of a sample in step {step} is {loss_sum}",
+                step=step,
+                sample=segment.sample,
+            )
+            self._forget(job_id)
         return FinetuneOutcome(
             losses=tuple(losses),
             steps=tuple(pending.steps),
             saves=tuple(pending.saves),
-            failures=tuple(failures),
+            failures=tuple(failures.values()),
         )
 
 

@@ -145,14 +145,16 @@ def quick_profile(
     model: str,
     dtype: str,
     device: str,
+    finetunes: bool = True,
     time_limit_s: float = 3.0,
     clock: Clock | None = None,
 ) -> StepTimeProfile:
     """Where a server's predictions start: a few iterations of each kind, the small ones first.
 
-    Lone and many decodes, prompts, and, where the executor holds samples, windows of a random
-    adapter's training. Nothing is begun after `time_limit_s` but the least of each kind, without
-    which nothing can be foreseen. Uses a few pages and slots of an executor that serves nobody yet.
+    Lone and many decodes, prompts, and, where it `finetunes` and the executor holds samples,
+    windows of a random adapter's training. Nothing is begun after `time_limit_s` but the least of
+    each kind, without which nothing can be foreseen. Uses a few pages and slots of an executor that
+    serves nobody yet.
 
     Raises:
         ConfigError: not even one decode fits the executor.
@@ -169,7 +171,8 @@ def quick_profile(
         is_late = clock.now_s() - begin_s > time_limit_s / 2
         if batches.fits(rows) and (index < _LEAST_POINTS or not is_late):
             points += _measure_device(executor, batches, [rows], config, clock, None)
-    if info.max_finetune_samples > 0 and max_model_len >= 2 * _QUICK_WINDOWS[0]:
+    holds_samples = info.max_finetune_samples > 0 and max_model_len >= 2 * _QUICK_WINDOWS[0]
+    if finetunes and holds_samples:
         points += _equal_shapes(_quick_finetune(executor, config, clock, begin_s + time_limit_s))
     return StepTimeProfile.fitted(
         model=model,

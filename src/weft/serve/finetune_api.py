@@ -124,6 +124,11 @@ class FinetuneApi:
             )
         if not isinstance(file, UploadFile):
             raise InvalidRequestError("file is missing; send one as multipart/form-data", "file")
+        filename = (file.filename or "upload.jsonl")[:_MAX_FILENAME_CHARS]
+        if "\0" in filename:
+            raise InvalidRequestError(
+                "the file's name holds the character U+0000; leave it out", "file"
+            )
         data = await file.read()
         # Beside the event loop, so that other requests' streams flow on.
         await asyncio.to_thread(read_examples, data, what="the file")
@@ -131,7 +136,7 @@ class FinetuneApi:
         stored = await service.run(
             service.store.add_file,
             tenant_of(request).name,
-            filename=(file.filename or "upload.jsonl")[:_MAX_FILENAME_CHARS],
+            filename=filename,
             purpose=Purpose.FINE_TUNE,
             data=data,
         )
@@ -253,7 +258,8 @@ def _limit(query: dict[str, str], default: int) -> int:
     given = query.get("limit")
     if given is None:
         return default
-    if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= MAX_PAGE):
+    is_number = given.isascii() and given.isdigit() and len(given) < 10
+    if not (is_number and 1 <= int(given) <= MAX_PAGE):
         raise InvalidRequestError(
             f"limit is {given[:20]!r}; it must be a whole number in [1, {MAX_PAGE}]", "limit"
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, StringConstraints
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints
 
 from weft.base.errors import ConfigError, InvalidRequestError, UnsupportedError
 from weft.engine.finetune import (
@@ -21,7 +21,7 @@ from weft.engine.finetune import (
 from weft.graph.adapter_spec import AdapterKind, AdapterSpec
 from weft.graph.pruning import Remat
 from weft.serve.finetune_data import OverlongSamples
-from weft.serve.protocol import MAX_NAME_CHARS, Body, Name, Number
+from weft.serve.protocol import MAX_NAME_CHARS, Body, Name, Number, without_nul
 
 BASE_LEARNING_RATE = 2e-4
 """What `learning_rate_multiplier` multiplies."""
@@ -45,8 +45,8 @@ Auto = Literal["auto"]
 Suffix = Annotated[
     str, StringConstraints(max_length=MAX_SUFFIX_CHARS, pattern=r"^[A-Za-z0-9._-]*$")
 ]
-MetadataKey = Annotated[str, StringConstraints(max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+MetadataKey = Annotated[str, StringConstraints(max_length=64), AfterValidator(without_nul)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512), AfterValidator(without_nul)]
 Targets = Name | Annotated[list[Name], Field(max_length=256)] | None
 """Names, a regular expression, or `all-linear`."""
 

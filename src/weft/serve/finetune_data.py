@@ -334,7 +334,9 @@ def _encode(
         cut = f" within its first {max_tokens} tokens" if len(ids) == max_tokens else ""
         raise line.refusal(f"no token{cut} is a label, so there is nothing to learn")
     return TrainingSample(
-        token_ids=np.array(ids, np.int32), label_weights=np.array(weights, np.float32)
+        token_ids=np.array(ids, np.int32),
+        label_weights=np.array(weights, np.float32),
+        line=example.line,
     )
 
 

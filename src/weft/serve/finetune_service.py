@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -112,6 +112,8 @@ class FinetuneService:
         self._was_paused: set[str] = set()
         """Jobs whose next step will have taken as long as their pause."""
         self._task: asyncio.Task[None] | None = None
+        self._begun: set[asyncio.Task[None]] = set()
+        """Work that goes on to its end without its caller."""
 
     # ---- life ----
 
@@ -132,6 +134,7 @@ class FinetuneService:
 
     async def close(self) -> None:
         """Write down what has been heard, then stop listening. Jobs go on after a restart."""
+        await asyncio.gather(*self._begun, return_exceptions=True)
         self._engine.on_finetune_events = None
         if self._task is not None:
             await asyncio.wait_for(self._events.join(), _ANSWER_TIMEOUT_S)
@@ -199,13 +202,7 @@ class FinetuneService:
             num_steps=settings.n_epochs * -(-len(samples) // settings.batch_size),
             epoch_tokens=sum(sample.num_tokens for sample in samples),
         )
-        # The row first: the engine's news of a job that is not kept would be lost.
-        await self.run(self._store.add_job, job, f"Created fine-tuning job: {job.id}")
-        try:
-            await self._submit(job, samples, checked, initial=initial, resume_step=None)
-        except BaseException:
-            await self.run(self._store.remove_job, job.id)
-            raise
+        await self._to_its_end(self._begin(job, samples, checked, initial=initial))
         return await self.job(tenant.name, job.id)
 
     async def job(self, tenant: str, job_id: str) -> StoredJob:
@@ -253,7 +250,7 @@ class FinetuneService:
 
     async def delete_adapter(self, tenant: str, name: str) -> None:
         """Delete a finished adapter or a checkpoint; running requests keep it to their end."""
-        await self._results.delete(tenant, name)
+        await self._to_its_end(self._results.delete(tenant, name))
 
     async def checkpoints(self, tenant: str, job_id: str, **page: Any) -> tuple[StoredJob, Page]:
         """A job and its checkpoints."""
@@ -314,6 +311,35 @@ class FinetuneService:
             )
         )
         return training, validation
+
+    async def _begin(
+        self,
+        job: StoredJob,
+        samples: tuple[TrainingSample, ...],
+        validation: tuple[TrainingSample, ...],
+        *,
+        initial: str | None,
+    ) -> None:
+        """Keep a new job and start it; where the engine refuses it, nothing is kept."""
+        # The row first: the engine's news of a job that is not kept would be lost.
+        await self.run(self._store.add_job, job, f"Created fine-tuning job: {job.id}")
+        try:
+            await self._submit(job, samples, validation, initial=initial, resume_step=None)
+        except BaseException:
+            await self.run(self._store.remove_job, job.id)
+            raise
+
+    async def _to_its_end(self, work: Coroutine[None, None, None]) -> None:
+        """Do work whose half would be worse than nothing, whether or not its caller hangs up."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Nobody waits for it any more; what becomes of it is not to be reported as lost.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
 
     async def _submit(
         self,

@@ -67,6 +67,11 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             scope["state"]["tenant"] = tenant
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            # No name holds it, and PostgreSQL would not even look for one that does.
+            raise HttpError(
+                status=400, message="the URL holds the character U+0000 (%00); leave it out"
+            )
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most(scope["path"]):
             raise self._too_large(scope["path"])

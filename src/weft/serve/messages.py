@@ -61,6 +61,7 @@ class PackedSamples(msgspec.Struct, frozen=True, kw_only=True):
     label_weights: Float32
     ends: Int64
     """Sample i is [ends[i - 1], ends[i])."""
+    lines: Int64
 
     @classmethod
     def of(cls, samples: Iterable[TrainingSample]) -> PackedSamples:
@@ -72,6 +73,7 @@ class PackedSamples(msgspec.Struct, frozen=True, kw_only=True):
                 [np.empty(0, np.float32), *(s.label_weights for s in given)]
             ),
             ends=np.cumsum([s.num_tokens for s in given], dtype=np.int64),
+            lines=np.array([s.line for s in given], np.int64),
         )
 
     def unpacked(self) -> tuple[TrainingSample, ...]:
@@ -79,9 +81,13 @@ class PackedSamples(msgspec.Struct, frozen=True, kw_only=True):
         starts = [0, *self.ends.tolist()]
         return tuple(
             TrainingSample(
-                token_ids=self.token_ids[begin:end], label_weights=self.label_weights[begin:end]
+                token_ids=self.token_ids[begin:end],
+                label_weights=self.label_weights[begin:end],
+                line=line,
             )
-            for begin, end in itertools.pairwise(starts)
+            for (begin, end), line in zip(
+                itertools.pairwise(starts), self.lines.tolist(), strict=True
+            )
         )
 
 

@@ -12,7 +12,7 @@ from weft.cost.finetune_memory import FinetuneSetting, finetune_bytes
 from weft.cost.fitted_step_time import VERSION, StepTimeProfile
 from weft.cost.shapes import ModelShape, load_shape
 from weft.engine.finetune import BackwardOrder, FinetuneJobSpec, OptimizerName
-from weft.engine.finetune_limits import FinetuneMemory
+from weft.engine.finetune_limits import FinetuneMemory, FinetunePolicy
 from weft.runtime.adapter_store import AdapterStore
 from weft.runtime.build import BuiltModel, ExecutorConfig, build_executor
 from weft.runtime.memory import free_memory_bytes
@@ -84,7 +84,9 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
     device = f"{processor_name(resolved.device)}, {torch.get_num_threads()} threads"
 
     context, batch_tokens = resolved.max_model_len, resolved.max_num_batched_tokens
-    is_warm = False
+    # An engine that never trains need not know how long that would take.
+    finetunes = config.finetune.policy is not FinetunePolicy.INFERENCE_ONLY
+    is_warm = not finetunes
 
     def measure() -> StepTimeProfile:
         nonlocal is_warm
@@ -96,6 +98,7 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
             model=resolved.model_path.name,
             dtype=dtype,
             device=device,
+            finetunes=finetunes,
         )
 
     settings = resolved.model_path / "config.json"
@@ -109,6 +112,7 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
         "max_num_batched_tokens": batch_tokens,
         "max_num_seqs": info.max_num_seqs,
         "max_finetune_samples": info.max_finetune_samples,
+        "finetunes": finetunes,
     }
     try:
         found = find_step_times(config.step_times, key=key, measure=measure)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic_core import PydanticCustomError
 
 MAX_NAME_CHARS = 512
 MAX_STOP_CHARS = 1024
@@ -19,7 +20,19 @@ MAX_TOKEN_IDS = 2**21
 """Bounds of shape, so that no body is much work; the server's own limits are far below them."""
 _INT32_MAX = 2**31 - 1
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+
+def without_nul(text: str) -> str:
+    """Refuse U+0000, which no name holds and PostgreSQL keeps in no text."""
+    if "\0" in text:
+        raise PydanticCustomError("nul_character", "It holds the character U+0000; leave it out")
+    return text
+
+
+Name = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_NAME_CHARS),
+    AfterValidator(without_nul),
+]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=_INT32_MAX)]
