@@ -5,9 +5,11 @@ cells under the virtual clock on step times of `--profile` (made by `weft profil
 roofline of `--device`; `real` runs them in real time on the 110 M or the embedded model. Traces of
 `--trace` have their lengths scaled to a mean prompt of 256 tokens; capacity is the highest rate at
 which inference alone keeps both objectives for 99 % of the requests, and the loads are 30, 60 and
-90 % of it. Every (load, policy) is a cell; a command may run any of them, and keeps capacity,
-profile and finetune-only speed in `--state` for the next. `--merge` puts the files of several
-commands together.
+90 % of it. Of real cells it is searched under the virtual clock on the profile that was measured on
+the executor, with 1,000 requests whatever the cells have (`--capacity-search real` does it in real
+time). Every (load, policy) is a cell; a command may run any of them, and keeps
+capacity, profile and finetune-only speed in `--state` for the next; real cells are written one by
+one, and `--resume` goes on behind them. `--merge` puts the files of several commands together.
 
     python benchmarks/coserve.py --cells sheet --json sheet.json
     python benchmarks/coserve.py --cells simulated --trace AzureLLMInferenceTrace_conv.csv \
@@ -24,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ from coserve_bench.cells import (
 )
 from coserve_bench.sheet import sheet_rows
 from coserve_bench.simulated import SimulatedServer, endless_job, half_device
+from coserve_bench.state import ServerState
 from rows import Row, describe_machine, print_rows, write_json
 
 from weft.cluster.device_types import DEVICE_TYPES
@@ -82,13 +85,25 @@ def main() -> None:
             for job in options.jobs:
                 cells += simulated_cells(trace, job, options)
     if "real" in options.cells:
-        cells += real_cells(options)
-    rows += [row for cell in cells for row in cell_rows(cell)]
-    print_rows(rows, title=TITLE)
+        others = list(cells)
+        cells += real_cells(options, lambda done: write(options, rows, others + done, machine))
+    found = write(options, rows, cells, machine)
+    print_rows(found, title=TITLE)
+
+
+def write(
+    options: argparse.Namespace,
+    rows: Sequence[Row],
+    cells: Sequence[Cell],
+    machine: dict[str, str],
+) -> list[Row]:
+    """The files that were asked for; returns these rows and the cells' own."""
+    found = [*rows, *(row for cell in cells for row in cell_rows(cell))]
     if options.json:
-        write_json(options.json, rows, machine, cells=cells)
+        write_json(options.json, found, machine, cells=cells)
     if options.markdown:
-        options.markdown.write_text(markdown(rows, cells, machine), encoding="utf-8")
+        options.markdown.write_text(markdown(found, cells, machine), encoding="utf-8")
+    return found
 
 
 # ---- simulated ----
@@ -102,7 +117,7 @@ def simulated_cells(trace: Path, job_text: str, options: argparse.Namespace) -> 
     wanted = objectives(server.step_time, workload)
     rate = options.capacity or capacity(server, workload, wanted)
     alone = server.finetune_tokens_per_s()
-    say_server(server, wanted, rate, alone)
+    say_server(server.name, wanted, rate, alone)
     cells: list[Cell] = []
     for load in options.loads:
         at_load = workload.with_rate(rate * LOADS[load])
@@ -111,9 +126,10 @@ def simulated_cells(trace: Path, job_text: str, options: argparse.Namespace) -> 
         if half is not None and options.with_spatial:
             found.append(run_spatial(half, at_load, wanted))
             print(f"  {line(found[-1])}")
-        cells.append(
-            cell_of(server.name, load, at_load, wanted, rate, alone, found, options.dtype, True)
+        cell = cell_of(
+            server.name, load, at_load, wanted, rate, alone, options.dtype, simulated=True
         )
+        cells.append(cell | {"outcomes": as_data(found)})
     return cells
 
 
@@ -151,62 +167,120 @@ def run_spatial(half: Server, workload: Workload, wanted: Objectives) -> Outcome
 # ---- real ----
 
 
-def real_cells(options: argparse.Namespace) -> list[Cell]:
-    """Cells of the real engine; what was found out before comes from `--state`."""
+def real_cells(options: argparse.Namespace, save: Callable[[list[Cell]], object]) -> list[Cell]:
+    """Cells of the real engine; what was found out before comes from `--state`.
+
+    `save` is called after every run, so that `--resume` can go on behind the last one.
+    """
     # Imported here, so that the other cells run without torch.
     from coserve_bench.real import real_server, run_spatial_real
 
     job = job_of(options.jobs[0])
     name = f"{options.real_model} {options.dtype}, {trace_name(options.trace[0])}, "
     name += f"steps of {options.jobs[0]}"
-    state = read_state(options.state)
-    known: dict[str, Any] = state.setdefault(name, {})
     profile_path = options.profile or options.cache / f"profile-ft-{name.split(',')[0]}.json"
     workload = trace_workload(options.trace[0], options.num_requests)
-    cells: list[Cell] = []
-    if options.policies == [SPATIAL]:
-        if "capacity_per_s" not in known:
-            raise SystemExit("spatial cells need a capacity: run another policy first")
-        wanted = objectives(StepTimeProfile.read(profile_path), workload)
-        server: Server | None = None
-    else:
-        real = real_server(options, job, profile_path)
-        real.name = name
-        server = real
-        wanted = objectives(real.step_time, workload)
-        if options.capacity:
-            known["capacity_per_s"] = options.capacity
-        if "capacity_per_s" not in known:
-            few = workload.first(options.capacity_requests)
-            few_wanted = objectives(real.step_time, few)
-            known["capacity_per_s"] = capacity(real, few, few_wanted, rounds=4)
+    server = None
+    if options.policies != [SPATIAL]:
+        server = real_server(options, job, profile_path)
+        server.name = name
+        server.warm_up(workload)
+    elif not profile_path.exists():
+        raise SystemExit(f"spatial cells need {profile_path}: run another policy first")
+    state = ServerState.read(options.state, name, profile_path)
+    profile = StepTimeProfile.read(profile_path)
+    wanted = objectives(profile, workload)
+    how = capacity_search(options)
+    rate = state.capacities_per_s[how] = real_capacity(options, state, profile, job, server)
+    if server is not None:
         # Also where it is known: kernels are compiled when they are first met.
-        alone = real.finetune_tokens_per_s()
-        known.setdefault("finetune_only_tokens_per_s", alone)
-        write_state(options.state, state)
-        say_server(real, wanted, known["capacity_per_s"], known["finetune_only_tokens_per_s"])
-    rate, alone = known["capacity_per_s"], known["finetune_only_tokens_per_s"]
+        alone = server.finetune_tokens_per_s()
+        state.finetune_only_tokens_per_s = state.finetune_only_tokens_per_s or alone
+    state.write()
+    if state.finetune_only_tokens_per_s is None:
+        raise SystemExit("spatial cells need the job's speed alone: run another policy first")
+    alone = state.finetune_only_tokens_per_s
+    say_server(name, wanted, rate, alone)
+    for search, found in state.capacities_per_s.items():
+        print(f"  capacity ({search}): {found:.3g} requests/s", flush=True)
+    earlier = earlier_cells(options)
+    cells: list[Cell] = []
     for load in options.loads:
         at_load = workload.with_rate(rate * LOADS[load])
         print(f"{load} ({at_load.rate_per_s:.3g} requests/s)", flush=True)
-        if server is None:
-            found = [run_spatial_real(options, job, at_load, wanted)]
-            print(f"  {line(found[0])}", flush=True)
-        else:
-            found = [run_and_say(server, at_load, wanted, policy) for policy in options.policies]
-        cells.append(cell_of(name, load, at_load, wanted, rate, alone, found, options.dtype, False))
+        cell = cell_of(name, load, at_load, wanted, rate, alone, options.dtype, simulated=False)
+        cell["capacity_search"] = how
+        cells.append(cell)
+        for policy in options.policies:
+            found = run_before(earlier, cell, policy, len(workload))
+            if found is not None:
+                print(f"  {line(found)} (run before)", flush=True)
+            elif server is None:
+                found = run_spatial_real(options, job, at_load, wanted)
+                print(f"  {line(found)}", flush=True)
+            else:
+                found = run_and_say(server, at_load, wanted, policy)
+            cell["outcomes"] += as_data([found])
+            save(cells)
     return cells
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What earlier commands found out, by server."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def capacity_search(options: argparse.Namespace) -> str:
+    """How the capacity is found, in words: the state file and the page tell it."""
+    if options.capacity:
+        return f"given as {options.capacity:g}"
+    count = options.capacity_requests
+    if options.capacity_search == "real":
+        return f"real, {count} requests"
+    return f"simulated on the measured profile, {count} requests"
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """For later commands."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+def real_capacity(
+    options: argparse.Namespace,
+    state: ServerState,
+    profile: StepTimeProfile,
+    job: FinetuneJobSpec,
+    server: Server | None,
+) -> float:
+    """Requests/s: given, found by an earlier command, or searched now.
+
+    A search in real time takes an hour where few requests a second are served; that under the
+    virtual clock runs the same policy on the step times that were measured on this executor.
+    """
+    if options.capacity:
+        return options.capacity
+    known = state.capacities_per_s.get(capacity_search(options))
+    if known is not None:
+        return known
+    workload = trace_workload(options.trace[0], options.capacity_requests)
+    wanted = objectives(profile, workload)
+    if options.capacity_search == "simulated":
+        limits = ServingLimits(max_num_seqs=options.max_num_seqs)
+        simulated = SimulatedServer(state.server, setup_from_profile(profile, limits=limits), job)
+        return capacity(simulated, workload, wanted)
+    if server is None:
+        raise SystemExit("spatial cells need a capacity: run another policy first")
+    return capacity(server, workload, wanted, rounds=4)
+
+
+def earlier_cells(options: argparse.Namespace) -> list[Cell]:
+    """What an interrupted command wrote to the same `--json`; nothing without `--resume`."""
+    if not (options.resume and options.json and options.json.exists()):
+        return []
+    return json.loads(options.json.read_text(encoding="utf-8"))["cells"]
+
+
+def run_before(
+    earlier: Sequence[Cell], cell: Cell, policy: str, num_requests: int
+) -> Outcome | None:
+    """The same policy's outcome on the same server, load, rate and requests, if it is there."""
+    same = ("server", "load", "rate_per_s", "simulated")
+    for old in earlier:
+        if all(old[key] == cell[key] for key in same):
+            for data in old["outcomes"]:
+                if data["policy"] == policy and data["num_requests"] == num_requests:
+                    return Outcome(**data)
+    return None
 
 
 # ---- both ----
@@ -219,10 +293,10 @@ def run_and_say(server: Server, workload: Workload, wanted: Objectives, policy: 
     return found
 
 
-def say_server(server: Server, wanted: Objectives, rate: float, alone: float) -> None:
+def say_server(server: str, wanted: Objectives, rate: float, alone: float) -> None:
     """One line."""
     print(
-        f"{server.name}: TPOT {wanted.tpot_s * 1e3:.0f} ms, capacity {rate:.3g} requests/s, "
+        f"{server}: TPOT {wanted.tpot_s * 1e3:.0f} ms, capacity {rate:.3g} requests/s, "
         f"finetune-only {alone:,.0f} tokens/s",
         flush=True,
     )
@@ -235,11 +309,11 @@ def cell_of(
     wanted: Objectives,
     rate: float,
     alone: float,
-    found: Sequence[Outcome],
     dtype: str,
+    *,
     simulated: bool,
 ) -> Cell:
-    """A cell's file."""
+    """A cell's part of the file, without outcomes."""
     return {
         "server": server,
         "simulated": simulated,
@@ -249,7 +323,7 @@ def cell_of(
         "capacity_per_s": rate,
         "tpot_slo_s": wanted.tpot_s,
         "finetune_only_tokens_per_s": alone,
-        "outcomes": as_data(found),
+        "outcomes": [],
     }
 
 
@@ -263,6 +337,12 @@ def merged(paths: Sequence[Path]) -> tuple[list[Row], list[Cell]]:
             rows += [Row(**row) for row in data["rows"]]
         for cell in data["cells"]:
             known = cells.setdefault((cell["server"], cell["load"]), {**cell, "outcomes": []})
+            if known["rate_per_s"] != cell["rate_per_s"]:
+                raise SystemExit(
+                    f"{path}: {cell['server']} {cell['load']} is at {cell['rate_per_s']:.4g} "
+                    f"requests/s, in an earlier file at {known['rate_per_s']:.4g}: cells of one "
+                    "load must share a rate; run them with one --capacity or one --state"
+                )
             names = [o["policy"] for o in cell["outcomes"]]
             kept = [o for o in known["outcomes"] if o["policy"] not in names]
             known["outcomes"] = [*kept, *cell["outcomes"]]
@@ -289,7 +369,8 @@ def markdown(rows: Sequence[Row], cells: Sequence[Cell], machine: dict[str, str]
         lines += [
             "",
             f"### {cell['server']}, {cell['load']}{mark}",
-            f"{cell['rate_per_s']:.3g} of {cell['capacity_per_s']:.3g} requests/s, TPOT "
+            f"{cell['rate_per_s']:.3g} of {cell['capacity_per_s']:.3g} requests/s (capacity: "
+            f"{cell.get('capacity_search', 'searched')}), TPOT "
             f"{cell['tpot_slo_s'] * 1e3:.0f} ms, finetune-only "
             f"{cell['finetune_only_tokens_per_s']:,.0f} tokens/s",
             "",
@@ -338,7 +419,15 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", nargs="+", default=["4x512"], help="samples x tokens of a step")
     parser.add_argument("--capacity", type=float, help="requests/s instead of a search")
-    parser.add_argument("--capacity-requests", type=int, default=200, help="of a real search")
+    parser.add_argument(
+        "--capacity-search",
+        choices=["simulated", "real"],
+        default="simulated",
+        help="of real cells: on the measured profile, under the virtual clock; or in real time",
+    )
+    parser.add_argument(
+        "--capacity-requests", type=int, help="of the search; default: 1000, in real time 200"
+    )
     parser.add_argument("--profile", type=Path, help="step times instead of a roofline")
     parser.add_argument("--half-profile", type=Path, help="the same with half of the threads")
     parser.add_argument("--model", default="llama-3.1-8b")
@@ -355,6 +444,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path(".bench"))
     parser.add_argument("--state", type=Path, help="default: coserve-state.json in --cache")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep real runs that --json holds")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if {"simulated", "real"} & set(options.cells) and options.trace is None:
@@ -366,6 +456,8 @@ def parse_options() -> argparse.Namespace:
         options.policies = [name for name in options.policies if name != SPATIAL]
     elif SPATIAL in options.policies and options.policies != [SPATIAL]:
         parser.error("spatial runs by itself on the real engine: one core each")
+    if options.capacity_requests is None:
+        options.capacity_requests = 200 if options.capacity_search == "real" else 1000
     if options.state is None:
         options.state = options.cache / "coserve-state.json"
     return options

@@ -74,6 +74,34 @@ def compare(
     )
 
 
+def single(
+    claim: str,
+    unit: str,
+    ours: float,
+    peer: float,
+    *,
+    lower_is_better: bool = False,
+    target: float | None = None,
+    tolerance: float | None = None,
+    simulated: bool = False,
+) -> Row:
+    """A row of one round, without a spread."""
+    above, below = (peer, ours) if lower_is_better else (ours, peer)
+    ratio = above / max(below, 1e-9)
+    return Row(
+        claim=claim,
+        unit=unit,
+        ours=ours,
+        peer=peer,
+        ratio=ratio,
+        ratio_low=ratio,
+        ratio_high=ratio,
+        target=target,
+        tolerance=tolerance,
+        simulated=simulated,
+    )
+
+
 def describe_machine() -> dict[str, str]:
     """Processor, cores, memory, system, Python and commit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -15,20 +15,17 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from pathlib import Path
 
-import torch
 from bench_models import open_model
+from real_engine import build_engine, measure_profile, serve_in_real_time, warm_up
 from rows import Row, describe_machine, print_rows, write_json
 
 from weft.base.clock import WallClock
 from weft.cost.fitted_step_time import StepTimeProfile
 from weft.engine.config import PolicyConfig
 from weft.engine.continuous import ContinuousBatching
-from weft.runtime.build import BuiltModel, ExecutorConfig, build_executor
-from weft.runtime.serve_profiler import ProfileConfig, profile_serving
-from weft.sim.serving import replay
+from weft.runtime.build import BuiltModel
 from weft.sim.serving_report import ServingReport
 from weft.sim.serving_setup import ServingLimits, ServingSetup, setup_from_profile
 from weft.sim.trace_readers import read_trace
@@ -37,8 +34,6 @@ from weft.sim.workload import LengthRange, Workload, synthetic
 PROMPT_RANGE = LengthRange(low=16, high=768)
 OUTPUT_RANGE = LengthRange(low=4, high=128)
 MEAN_PROMPT = 256
-MAX_MODEL_LEN = 1024
-MAX_NUM_SEQS = 32
 TOLERANCES = {
     "throughput": 0.10,
     "ttft p50": 0.15,
@@ -53,20 +48,13 @@ def main() -> None:
     machine = describe_machine()
     for name, value in machine.items():
         print(f"{name:10} {value}")
-    torch.set_num_threads(options.threads)
     model = open_model(options.model, options.cache, options.embedded_model)
-    built = build_executor(
-        ExecutorConfig(
-            model=str(model.path),
-            dtype=options.dtype,
-            device="cpu",
-            max_model_len=min(MAX_MODEL_LEN, model.config["max_position_embeddings"]),
-            max_num_seqs=MAX_NUM_SEQS,
-            num_threads=options.threads,
-        )
-    )
+    built = build_engine(model, dtype=options.dtype, num_threads=options.threads)
     if options.profile is None:
-        profile = measure_profile(built, options)
+        profile = measure_profile(
+            built, model=options.model, dtype=options.dtype, time_limit_s=options.profile_time_s
+        )
+        profile.write(options.cache / f"profile-{options.model}-{options.dtype}.json")
     else:
         profile = StepTimeProfile.read(options.profile)
     setup = simulated_server(built, profile)
@@ -86,23 +74,6 @@ def main() -> None:
     if options.json:
         summaries = {"real": [r.summary() for r in real], "simulated": simulated.summary()}
         write_json(options.json, rows, machine, **summaries, settings=setup.settings())
-
-
-def measure_profile(built: BuiltModel, options: argparse.Namespace) -> StepTimeProfile:
-    """What `weft profile --serve` does, on the very executor that then serves."""
-    profile = profile_serving(
-        built.executor,
-        ProfileConfig(
-            max_model_len=built.resolved.max_model_len,
-            max_num_batched_tokens=built.resolved.max_num_batched_tokens,
-            time_limit_s=options.profile_time_s,
-        ),
-        model=options.model,
-        dtype=options.dtype,
-        device=describe_machine()["processor"],
-    )
-    profile.write(options.cache / f"profile-{options.model}-{options.dtype}.json")
-    return profile
 
 
 def simulated_server(built: BuiltModel, profile: StepTimeProfile) -> ServingSetup:
@@ -144,36 +115,14 @@ def choose_workload(setup: ServingSetup, options: argparse.Namespace) -> Workloa
 
 def real_run(built: BuiltModel, workload: Workload) -> ServingReport:
     """Serve the workload in real time on the real executor, with a fresh policy."""
-    clock = WallClock()
     config = PolicyConfig(
         max_model_len=built.resolved.max_model_len,
         max_num_batched_tokens=built.resolved.max_num_batched_tokens,
         eos_token_ids=tuple(built.generation.eos_token_ids),
     )
-    warm_up(built, config, workload)
-    info = built.executor.info
-    # Made beforehand: in the server they are made in another process.
-    requests = [workload.request(index, info.vocab_size) for index in range(len(workload))]
-    return replay(
-        workload,
-        ContinuousBatching(config, info, clock),
-        built.executor,
-        clock=clock,
-        wait_until=lambda time_s: time.sleep(max(0.0, time_s - clock.now_s())),
-        requests=requests,
-    )
-
-
-def warm_up(built: BuiltModel, config: PolicyConfig, workload: Workload) -> None:
-    """A few requests at once, so that what is compiled or packed on first use is ready."""
-    clock = WallClock()
-    replay(
-        workload.first(8).with_rate(1e6),
-        ContinuousBatching(config, built.executor.info, clock),
-        built.executor,
-        clock=clock,
-        wait_until=lambda time_s: time.sleep(max(0.0, time_s - clock.now_s())),
-    )
+    info, clock = built.executor.info, WallClock()
+    warm_up(built, ContinuousBatching(config, info, clock), workload)
+    return serve_in_real_time(built, ContinuousBatching(config, info, clock), workload)
 
 
 def figures(report: ServingReport) -> dict[str, float]:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rows import Row, compare, describe_machine, print_rows, write_json
+from rows import Row, compare, describe_machine, print_rows, single, write_json
 from train_bench import saving
 from train_bench.pool import on_ranks
 
@@ -245,8 +245,8 @@ def memory(options: argparse.Namespace) -> tuple[list[Row], Any]:
         how = case["schedule"] + (", recomputing" if case["recompute"] else "")
         for rank, (planned, measured) in enumerate(ranks):
             claim = f"peak tensor bytes, GPT with Adam, {how}, rank {rank}: predicted, measured"
-            row = compare(claim, "MB", [planned / 1e6], [measured / 1e6], lower_is_better=True)
-            rows.append(replace(row, tolerance=0.10))
+            sizes_mb = (planned / 1e6, measured / 1e6)
+            rows.append(single(claim, "MB", *sizes_mb, lower_is_better=True, tolerance=0.10))
     return rows, found
 
 
@@ -265,17 +265,7 @@ def save(options: argparse.Namespace) -> tuple[list[Row], Any]:
 
 def limit(claim: str, value: float, most: float) -> Row:
     """A figure that must stay below a limit; the ratio is limit over figure."""
-    ratio = most / max(value, 1e-9)
-    return Row(
-        claim=claim,
-        unit="x",
-        ours=value,
-        peer=most,
-        ratio=ratio,
-        ratio_low=ratio,
-        ratio_high=ratio,
-        target=1.0,
-    )
+    return single(claim, "x", value, most, lower_is_better=True, target=1.0)
 
 
 def compare_medians(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from rows import Row
+from rows import Row, single
 
 from weft.cost.step_time import IterationShape, StepTimeModel
 from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy, LatencySlo
@@ -249,19 +249,9 @@ def cell_rows(cell: Mapping[str, Any]) -> list[Row]:
     what = f"{cell['server']} {cell['load']}"
     alone_tokens_per_s: float = cell["finetune_only_tokens_per_s"]
 
-    def row(claim: str, unit: str, ours: float, peer: float, **promise: float | None) -> Row:
-        ratio = ours / max(peer, 1e-9)
-        return Row(
-            claim=f"{what}: {claim}",
-            unit=unit,
-            ours=ours,
-            peer=peer,
-            ratio=ratio,
-            ratio_low=ratio,
-            ratio_high=ratio,
-            simulated=cell["simulated"],
-            **promise,
-        )
+    def row(claim: str, unit: str, ours: float, peer: float, *, target: float | None = None) -> Row:
+        simulated: bool = cell["simulated"]
+        return single(f"{what}: {claim}", unit, ours, peer, target=target, simulated=simulated)
 
     left = max(0.0, 1.0 - inference.busy_share)
     share = coserve.finetune_tokens_per_s / max(alone_tokens_per_s, 1e-9)

@@ -11,9 +11,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from bench_models import open_model
-from rows import describe_machine
+from real_engine import (
+    MAX_NUM_SEQS,
+    build_engine,
+    measure_profile,
+    serve_in_real_time,
+    warm_up,
+)
 
 from coserve_bench.cells import SPATIAL, Objectives, Outcome, outcome
 from coserve_bench.simulated import endless_job
@@ -25,14 +30,10 @@ from weft.engine.coserve import CoServing
 from weft.engine.finetune import FinetuneJobSpec, StepMetrics
 from weft.engine.finetune_limits import FinetuneConfig, FinetunePolicy
 from weft.engine.loop import EngineLoop
-from weft.runtime.build import BuiltModel, ExecutorConfig, build_executor
-from weft.runtime.serve_profiler import ProfileConfig, profile_serving
-from weft.sim.serving import replay
+from weft.runtime.build import BuiltModel
 from weft.sim.serving_report import ServingReport
 from weft.sim.workload import Workload
 
-MAX_MODEL_LEN = 1024
-MAX_NUM_SEQS = 32
 NUM_SAMPLES_ALONE = 8
 
 
@@ -56,24 +57,19 @@ class RealServer:
 
     def run(self, workload: Workload, config: FinetuneConfig, *, has_job: bool) -> ServingReport:
         """Serve it once; the job lasts as long as the requests."""
-        clock, executor = WallClock(), self._built.executor
         policy = self._policy(config)
         if has_job:
             policy.add_job(self._job)
-        vocab_size = executor.info.vocab_size
-        report = replay(
-            workload,
-            policy,
-            executor,
-            clock=clock,
-            wait_until=lambda time_s: time.sleep(max(0.0, time_s - clock.now_s())),
-            # Made beforehand: in the server they are made in another process.
-            requests=[workload.request(index, vocab_size) for index in range(len(workload))],
-        )
+        report = serve_in_real_time(self._built, policy, workload)
         if has_job:
             policy.cancel_job(self._job.id)
-            EngineLoop(policy, executor).drain()
+            EngineLoop(policy, self._built.executor).drain()
         return report
+
+    def warm_up(self, workload: Workload) -> None:
+        """Meet what is compiled on first use before anything is timed."""
+        config = FinetuneConfig(policy=FinetunePolicy.INFERENCE_ONLY)
+        warm_up(self._built, self._policy(config), workload)
 
     def finetune_tokens_per_s(self) -> float:
         """Speed of some samples alone, after the first step."""
@@ -117,35 +113,24 @@ def real_server(
     if profile_path.exists():
         profile = StepTimeProfile.read(profile_path)
     else:
-        profile = profile_serving(
-            built.executor,
-            ProfileConfig(
-                max_model_len=built.resolved.max_model_len,
-                max_num_batched_tokens=built.resolved.max_num_batched_tokens,
-                time_limit_s=options.profile_time_s,
-            ),
+        profile = measure_profile(
+            built,
             model=options.real_model,
             dtype=options.dtype,
-            device=describe_machine()["processor"],
+            time_limit_s=options.profile_time_s,
         )
         profile.write(profile_path)
     return RealServer(f"{options.real_model} {options.dtype}", built, profile, job)
 
 
 def _built(options: argparse.Namespace) -> BuiltModel:
-    torch.set_num_threads(options.threads)
     options.cache.mkdir(parents=True, exist_ok=True)
-    model = open_model(options.real_model, options.cache.resolve(), options.embedded_model)
-    return build_executor(
-        ExecutorConfig(
-            model=str(model.path),
-            dtype=options.dtype,
-            device="cpu",
-            max_model_len=min(MAX_MODEL_LEN, model.config["max_position_embeddings"]),
-            max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
-            num_threads=options.threads,
-            max_finetune_samples=4,
-        )
+    return build_engine(
+        open_model(options.real_model, options.cache.resolve(), options.embedded_model),
+        dtype=options.dtype,
+        num_threads=options.threads,
+        max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
+        max_finetune_samples=4,
     )
 
 
@@ -166,6 +151,7 @@ def run_spatial_real(
     options.threads = 1
     name = f"profile-ft-{options.real_model} {options.dtype}-1-thread.json"
     server = real_server(options, job, options.cache / name)
+    server.warm_up(workload)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
@@ -198,7 +184,8 @@ def finetune_worker(options: argparse.Namespace) -> None:
     )
     policy.add_job(job)
     loop = EngineLoop(policy, built.executor)
-    loop.step()
+    while not policy.finetune_stats().num_steps:  # Kernels are compiled when they are first met.
+        loop.step()
     is_over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
     print("ready", flush=True)

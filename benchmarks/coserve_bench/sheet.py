@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from rows import Row
+from rows import Row, single
 
 from weft.cost.step_time import IterationShape
 from weft.engine.batch import CacheGroup, ExecutorInfo
@@ -203,16 +203,12 @@ def sheet_rows() -> list[Row]:
                     float(pipeline.finetune_tokens_per_s[index]),
                 ),
             ):
-                ratio = ours / theirs
                 rows.append(
-                    Row(
-                        claim=f"FlexLLM sheet {pipeline.name} at {rate}/s: {what}",
-                        unit=unit,
-                        ours=ours,
-                        peer=theirs,
-                        ratio=ratio,
-                        ratio_low=ratio,
-                        ratio_high=ratio,
+                    single(
+                        f"FlexLLM sheet {pipeline.name} at {rate}/s: {what}",
+                        unit,
+                        ours,
+                        theirs,
                         tolerance=TOLERANCE if pipeline.is_promised else None,
                         simulated=True,
                     )

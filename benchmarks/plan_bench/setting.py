@@ -9,7 +9,7 @@ from functools import cache
 from time import perf_counter
 from typing import Any
 
-from rows import Row
+from rows import Row, compare, single
 
 from weft.base.errors import WeftError
 from weft.cluster.cluster import Cluster
@@ -172,19 +172,8 @@ def ratio_row(
     tolerance: float | None = None,
 ) -> Row:
     """Figures in which more is better; a simulated point has no spread of its own, several do."""
-    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
-    return Row(
-        claim=claim,
-        unit=unit,
-        ours=statistics.median(ours),
-        peer=statistics.median(peer),
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
-        target=target,
-        tolerance=tolerance,
-        simulated=True,
-    )
+    row = compare(claim, unit, ours, peer, target=target)
+    return replace(row, tolerance=tolerance, simulated=True)
 
 
 def limit_row(
@@ -206,31 +195,12 @@ def limit_row(
 
 def rate_row(claim: str, unit: str, values: Sequence[float], least: float) -> Row:
     """A rate that must reach a target."""
-    ratios = [value / least for value in values]
-    return Row(
-        claim=claim,
-        unit=unit,
-        ours=statistics.median(values),
-        peer=least,
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
-        target=1.0,
-    )
+    return compare(claim, unit, values, [least] * len(values), target=1.0)
 
 
 def count_row(claim: str, good: int, total: int) -> Row:
     """How many of all cases agree; all must."""
-    return Row(
-        claim=claim,
-        unit="cases",
-        ours=good,
-        peer=total,
-        ratio=good / max(total, 1),
-        ratio_low=good / max(total, 1),
-        ratio_high=good / max(total, 1),
-        target=1.0,
-    )
+    return single(claim, "cases", good, total, target=1.0)
 
 
 def point(model: str, num_devices: int, batch_size: int, **more: Any) -> Mapping[str, Any]:
