@@ -56,6 +56,8 @@ def test_one_unknown_module_in_a_list_is_refused() -> None:
         ({"alpha_pattern": {"[": 4.0}}, "no regular expression"),
         ({"alpha": "16"}, "alpha is '16'"),
         ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": 1e300}, "alpha is 1e[+]300; .* 1e[+]06 at most"),
+        ({"alpha_pattern": {"q_proj": 1e39}}, "q_proj: alpha is 1e[+]39"),
         ({"dropout": "0.1"}, "dropout is '0.1'"),
         ({"dropout": float("nan")}, "dropout is nan"),
         ({"target_modules": None}, "target_modules is None"),

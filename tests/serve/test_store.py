@@ -385,3 +385,12 @@ def test_tables_of_another_version_are_refused(tmp_path: Path) -> None:
         connection.execute("UPDATE weft_settings SET value = '99'")
     with pytest.raises(ConfigError, match="version 99"):
         Store(tmp_path)
+
+
+def test_a_cursor_beyond_the_databases_integers_is_unknown(store: Store) -> None:
+    job = _job(store)
+    for after in ("ftevent-" + "9" * 30, "ftevent--1", "ftevent-"):
+        with pytest.raises(NotFoundError):
+            store.events(job.id, after=after)
+    with pytest.raises(NotFoundError):
+        store.checkpoints(job.id, after=f"ftckpt-{job.id.removeprefix('ftjob-')}-{'9' * 30}")

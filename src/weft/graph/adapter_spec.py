@@ -20,6 +20,8 @@ from weft.base.errors import ConfigError
 T = TypeVar("T")
 
 MAX_RANK = 256
+MAX_ALPHA = 1e6
+"""Beyond sense already; far beyond it, products overflow."""
 _FROM_PATTERN = r"(.*\.)?({})"
 """How PEFT matches a key of `rank_pattern` or `alpha_pattern`."""
 
@@ -107,8 +109,11 @@ class AdapterSpec:
                     f"{name}: the rank is {rank!r}; it must be in [1, {MAX_RANK}], and whole"
                 )
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-                raise ConfigError(f"{name}: alpha is {alpha!r}; it must be a positive number")
+            if not (_is_number(alpha) and 0 < alpha <= MAX_ALPHA):
+                raise ConfigError(
+                    f"{name}: alpha is {alpha!r}; it must be a positive number, {MAX_ALPHA:g} at "
+                    "most"
+                )
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout is {self.dropout!r}; it must be in [0, 1)")
         if self.dropout and self.kind is not AdapterKind.LORA:

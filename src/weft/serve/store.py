@@ -238,7 +238,7 @@ class Store:
         """A job's history, newest first; `after` is an event's id."""
         query = sa.select(db.events).where(db.events.c.job_id == job_id)
         number = (after or "").removeprefix("ftevent-")
-        if after is not None and not (number.isascii() and number.isdigit()):
+        if after is not None and not _is_number(number):
             raise NotFoundError("event", after)
         cursor = None if after is None else int(number)
         return self._page(query, db.events.c.number, cursor, limit, False, rows.as_event)
@@ -334,8 +334,7 @@ class Store:
         cursor: int | None = None
         if after is not None:  # It may be gone by now; what follows it is clear all the same.
             prefix, _, number = after.rpartition("-")
-            is_number = number.isascii() and number.isdigit()
-            if prefix != rows.checkpoint_id(job_id, "") or not is_number:
+            if prefix != rows.checkpoint_id(job_id, "") or not _is_number(number):
                 raise NotFoundError("checkpoint", after)
             cursor = int(number)
         return self._page(query, db.checkpoints.c.step, cursor, limit, False, rows.as_checkpoint)
@@ -530,6 +529,11 @@ class Store:
         with self._engine.connect() as connection:
             found = connection.execute(query).all()
         return Page(items=[make(row) for row in found[:limit]], has_more=len(found) > limit)
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number that the database's integers can hold."""
+    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def _delete(path: Path) -> None:
