@@ -22,7 +22,7 @@ T = TypeVar("T")
 MAX_RANK = 256
 MAX_ALPHA = 1e6
 """Beyond sense already; far beyond it, products overflow."""
-_FROM_PATTERN = r"(.*\.)?({})"
+KEY_PATTERN = r"(.*\.)?({})"
 """How PEFT matches a key of `rank_pattern` or `alpha_pattern`."""
 
 
@@ -102,7 +102,7 @@ class AdapterSpec:
         if self.layers_to_transform is not None:
             object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         for key in (*self.rank_pattern, *self.alpha_pattern):
-            _compile(key, within=_FROM_PATTERN)
+            _compile(key, within=KEY_PATTERN)
         for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
             if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
                 raise ConfigError(
@@ -259,7 +259,7 @@ def _target(spec: AdapterSpec, layer: int, module: Module, widths: LayerWidths) 
 def _from_pattern(pattern: Mapping[str, T], layer: int, module: Module, default: T) -> T:
     name = module_name(layer, module)
     for key, value in pattern.items():
-        if re.fullmatch(_FROM_PATTERN.format(key), name):
+        if re.fullmatch(KEY_PATTERN.format(key), name):
             return value
     return default
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from weft.base.errors import ConfigError, InvalidRequestError
 from weft.serve.api_keys import tenant_of
 from weft.serve.http_errors import HttpError
+from weft.serve.pattern_check import check_directory_patterns
 from weft.serve.protocol import Body, Name
 from weft.serve.served_models import ServedModels
 
@@ -136,6 +137,7 @@ class AdapterApi:
                 "lora_name",
             )
         path = self._below_root(root, body.lora_path)
+        await check_directory_patterns(path)
         await self._models.add(body.lora_name, str(path), tenant=tenant)
         return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

@@ -10,10 +10,12 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from weft.base.errors import InvalidRequestError
-from weft.graph.adapter_spec import AdapterSpec, Module, module_name
+from weft.graph.adapter_spec import KEY_PATTERN, AdapterSpec, Module, module_name
 
 _MOST_LAYERS = 256
 _LIMIT_S = 0.05
@@ -25,7 +27,11 @@ for pattern in patterns:
     signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)  # Its end ends the process.
     for name in names:
         re.fullmatch(pattern, name)
+    print(end=".", flush=True)
 """
+_WHOLE = ("target_modules", "exclude_modules", "feedforward_modules")
+_KEYS = ("rank_pattern", "alpha_pattern")
+_CONFIGS = ("bottleneck.json", "adapter_config.json")
 
 
 async def check_patterns(spec: AdapterSpec) -> None:
@@ -34,23 +40,50 @@ async def check_patterns(spec: AdapterSpec) -> None:
     Raises:
         InvalidRequestError: one does.
     """
-    given = (spec.target_modules, spec.exclude_modules, spec.feedforward_modules)
+    await _check({name: getattr(spec, name) for name in (*_WHOLE, *_KEYS)}, "weft")
+
+
+async def check_directory_patterns(directory: Path) -> None:
+    """Refuse an adapter directory whose patterns take too long to match.
+
+    Whatever else is wrong with it, the engine says.
+
+    Raises:
+        InvalidRequestError: one does.
+    """
+    for path in (directory / name for name in _CONFIGS):
+        try:
+            raw = json.loads(path.read_bytes()) if path.is_file() else None
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(raw, dict):
+            await _check(raw, "lora_path")
+
+
+async def _check(fields: Mapping[str, Any], param: str) -> None:
+    given = [fields.get(name) for name in _WHOLE]
     patterns = [text for text in given if isinstance(text, str) and text not in ("", "all-linear")]
-    if patterns and not await _end_in_time(patterns):
+    for keys in (fields.get(name) for name in _KEYS):
+        if isinstance(keys, Mapping):
+            patterns += [KEY_PATTERN.format(key) for key in keys]
+    number = await _num_in_time(patterns) if patterns else 0
+    if number < len(patterns):
         raise InvalidRequestError(
-            f"the pattern {patterns[0]!r} takes too long to match; repeat nothing within a "
-            "repetition, or list the modules",
-            "weft",
+            f"the pattern {patterns[number][:80]!r} takes too long to match; repeat nothing within "
+            "a repetition, or list the modules",
+            param,
         )
 
 
-async def _end_in_time(patterns: Sequence[str]) -> bool:
+async def _num_in_time(patterns: Sequence[str]) -> int:
+    """How many of them end in time, before the first that does not."""
     names = [module_name(layer, module) for layer in range(_MOST_LAYERS) for module in Module]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", "-c", _TRY),
         stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    await process.communicate(json.dumps([patterns, names, _LIMIT_S]).encode())
-    return process.returncode != -signal.SIGVTALRM
+    done, _ = await process.communicate(json.dumps([patterns, names, _LIMIT_S]).encode())
+    # What is no regular expression at all, others refuse with better words.
+    return len(done) if process.returncode == -signal.SIGVTALRM else len(patterns)
