@@ -5,7 +5,7 @@ Shape legend: s tokens of a window, K in_features, N out_features, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from weft.graph.adapter_spec import BypassTarget
 from weft.model.finetune.primitives import activation, activation_backward
-from weft.model.kernels import cpu_linear
+from weft.model.kernels import cpu_linear, cpu_lora_window
+from weft.model.kernels.cpu_lora_window import LoraGrads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,21 +49,51 @@ def lora_inner(bypass: TrainedBypass, x: Tensor) -> Tensor:
     return cpu_linear.linear(x, bypass.weights["A"])
 
 
-def lora_backward(
-    bypass: TrainedBypass,
-    dy: Tensor,
-    low_rank: Tensor,
-    x: Tensor,
-    dx: Tensor | None,
-    dropout_scale: Tensor | None,
-) -> None:
-    """Sum the gradients of A and B; add the bypass's share to `dx` [s, K], if there is one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraWindow:
+    """One LoRA and its rows of a backward window."""
 
-    `dy` [s, N]; `low_rank` [s, r] is what B was applied to; `x` [s, K] the linear's input.
+    bypass: TrainedBypass
+    dy: Tensor
+    """[s, N], the gradient of the linear's output."""
+    low_rank: Tensor
+    """[s, r], what B was applied to."""
+    dropout_scale: Tensor | None
+    """[s, K], what the LoRA's input was multiplied with."""
+
+
+def loras_backward(loras: Sequence[LoraWindow], x: Tensor, dx: Tensor | None) -> None:
+    """Sum the gradients of A and B of LoRAs beside linears that share the input `x` [s, K].
+
+    Their share is added to `dx` [s, K], if there is one.
     """
+    if all(lora.dropout_scale is None for lora in loras) and _native_backward(loras, x, dx):
+        return
+    for lora in loras:
+        _lora_backward(lora, x, dx)
+
+
+def _native_backward(loras: Sequence[LoraWindow], x: Tensor, dx: Tensor | None) -> bool:
+    parts = [
+        LoraGrads(
+            a=lora.bypass.weights["A"],
+            b=lora.bypass.weights["B"],
+            grad_a=lora.bypass.grads["A"],
+            grad_b=lora.bypass.grads["B"],
+            scale=lora.bypass.target.scale,
+            dy=lora.dy,
+            low_rank=lora.low_rank,
+        )
+        for lora in loras
+    ]
+    return cpu_lora_window.backward(parts, x, dx)
+
+
+def _lora_backward(lora: LoraWindow, x: Tensor, dx: Tensor | None) -> None:
+    bypass, dy, dropout_scale = lora.bypass, lora.dy, lora.dropout_scale
     scale = bypass.target.scale
     a, b = bypass.weights["A"], bypass.weights["B"]
-    add_product(bypass.grads["B"], dy, low_rank, scale)
+    add_product(bypass.grads["B"], dy, lora.low_rank, scale)
     d_low_rank = cpu_linear.linear(dy, b.t().contiguous()).mul_(scale)
     if dropout_scale is None:
         add_product(bypass.grads["A"], d_low_rank, x)

@@ -16,8 +16,9 @@ from weft.graph.adapter_spec import Module
 from weft.graph.layer_graph import LAYER_INPUT
 from weft.model.finetune.attention import KvGrads, attention_backward
 from weft.model.finetune.bypass import (
+    LoraWindow,
     bottleneck_backward,
-    lora_backward,
+    loras_backward,
     scale_backward,
 )
 from weft.model.finetune.layer_tensors import (
@@ -177,17 +178,18 @@ class _LayerBackward:
             dx = self._through_scaled(modules, weight, parts, scaled, wants_input)
         elif wants_input:
             dx = weight.grad_input(dy)
-        for index, module in enumerate(modules):
-            bypass = self._plan.bypasses.get(module)
-            if bypass is not None and bypass.is_lora:
-                lora_backward(
-                    bypass,
-                    parts[index],
-                    self._tensors[f"low_rank:{module}"],
-                    self._tensors[source],
-                    dx,
-                    self._tensors.dropout_scale(module),
-                )
+        loras = [
+            LoraWindow(
+                bypass=bypass,
+                dy=part,
+                low_rank=self._tensors[f"low_rank:{module}"],
+                dropout_scale=self._tensors.dropout_scale(module),
+            )
+            for module, part in zip(modules, parts, strict=True)
+            if (bypass := self._plan.bypasses.get(module)) is not None and bypass.is_lora
+        ]
+        if loras:
+            loras_backward(loras, self._tensors[source], dx)
         return dx
 
     def _through_scaled(

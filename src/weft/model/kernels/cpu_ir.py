@@ -332,6 +332,27 @@ class Builder:
         where = self._gep(base, index, element)
         raw_type = vector(I16 if storage is Storage.BFLOAT16 else element, lanes)
         raw = Val(self, self.b.load(where, align=storage.num_bytes, typ=raw_type))
+        return self._widened(raw, storage)
+
+    def load_some(self, base: Val, index: Val | int, storage: Storage, count: Val) -> Val:
+        """A vector whose first `count` elements are read, as float32; zero behind them.
+
+        `count` may be negative, or more than the lanes. Memory behind it is not touched.
+        """
+        where, lanes = Val(self, self._gep(base, index, _ELEMENT[storage])), self.isa.lanes
+        raw_type = vector(_ELEMENT[storage], lanes)
+        zeros = Val(self, ir.Constant(raw_type, None))
+        name = f"llvm.masked.load.v{lanes}{_SUFFIX[storage]}.p0"
+        align, mask = self.const(storage.num_bytes, I32), self._first(count)
+        return self._widened(self.call(name, raw_type, where, align, mask, zeros), storage)
+
+    def _first(self, count: Val) -> Val:
+        """Which lanes come before `count`."""
+        lanes = self.isa.lanes
+        return self.iota(lanes) < self.splat(self.to_i32(count), lanes)
+
+    def _widened(self, raw: Val, storage: Storage) -> Val:
+        lanes = raw.lanes
         if storage is Storage.FLOAT32:
             return raw
         if storage is Storage.FLOAT16:
@@ -361,12 +382,24 @@ class Builder:
     def store(self, base: Val, index: Val | int, value: Val, storage: Storage) -> None:
         """Write a float32 vector to `base[index]`, rounded to nearest even where narrower."""
         where = self._gep(base, index, _ELEMENT[storage])
-        lanes = value.lanes
+        raw = self._narrowed(value, storage)
+        self.b.store(raw.v, where, align=storage.num_bytes)
+
+    def store_some(
+        self, base: Val, index: Val | int, value: Val, storage: Storage, count: Val
+    ) -> None:
+        """Write the first `count` elements of a whole vector, rounded as by `store`."""
+        where = Val(self, self._gep(base, index, _ELEMENT[storage]))
+        name = f"llvm.masked.store.v{value.lanes}{_SUFFIX[storage]}.p0"
+        align, mask = self.const(storage.num_bytes, I32), self._first(count)
+        self.call(name, VOID, self._narrowed(value, storage), where, align, mask)
+
+    def _narrowed(self, value: Val, storage: Storage) -> Val:
         if storage is Storage.FLOAT16:
-            value = Val(self, self.b.fptrunc(value.v, vector(F16, lanes)))
-        elif storage is Storage.BFLOAT16:
-            value = self._to_bf16_bits(value, lanes)
-        self.b.store(value.v, where, align=storage.num_bytes)
+            return Val(self, self.b.fptrunc(value.v, vector(F16, value.lanes)))
+        if storage is Storage.BFLOAT16:
+            return self._to_bf16_bits(value, value.lanes)
+        return value
 
     def _to_bf16_bits(self, value: Val, lanes: int) -> Val:
         bits = self.bitcast(value, vector(I32, lanes))
@@ -496,6 +529,7 @@ _ELEMENT: dict[Storage, ir.Type] = {
     Storage.BFLOAT16: I16,
     Storage.FLOAT16: F16,
 }
+_SUFFIX = {Storage.FLOAT32: "f32", Storage.BFLOAT16: "i16", Storage.FLOAT16: "f16"}
 
 
 def define_kernel(
