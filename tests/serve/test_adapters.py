@@ -160,6 +160,20 @@ def test_a_tenant_sees_its_own_adapters_only(start_server: StartServer, tmp_path
         assert http.post("/v1/completions", json=body).status_code == 404
 
 
+def test_no_tenant_unloads_what_all_are_served(start_server: StartServer, tmp_path: Path) -> None:
+    start = adapter(tmp_path / "root" / "one")
+    keys = tmp_path / "keys.json"
+    keys.write_text('{"key-a": "a", "key-b": "b"}')
+    root = str(tmp_path / "root")
+    server = start_server(lora_modules=[f"one={start}"], adapter_root=root, key_file=str(keys))
+    with server.http() as http:
+        http.headers["Authorization"] = "Bearer key-b"
+        answer = unload(http, "one")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (403, "lora_name")
+        http.headers["Authorization"] = "Bearer key-a"
+        assert http.get("/v1/models/one").status_code == 200
+
+
 @pytest.mark.parametrize("given", ["name", "=path", "name=", "name=/no/such/directory"])
 def test_flags_are_checked_before_the_model_loads(start_server: StartServer, given: str) -> None:
     with pytest.raises(RuntimeError, match="--lora-modules"):

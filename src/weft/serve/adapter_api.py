@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from weft.base.errors import ConfigError, InvalidRequestError
-from weft.serve.api_keys import tenant_of
+from weft.serve.api_keys import ANYONE, tenant_of
 from weft.serve.http_errors import HttpError
 from weft.serve.pattern_check import check_directory_patterns
 from weft.serve.protocol import Body, Name
@@ -157,6 +157,14 @@ class AdapterApi:
                 f"{body.lora_name!r} is a fine-tuned model; DELETE /v1/models/{body.lora_name} "
                 "deletes it",
                 "lora_name",
+            )
+        if served.tenant is None and tenant != ANYONE.name:
+            raise HttpError(
+                status=403,
+                message=f"{body.lora_name!r} was loaded at the server's start, for all tenants; "
+                "none of them can unload it",
+                param="lora_name",
+                code="forbidden",
             )
         await self._models.remove(body.lora_name)
         return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
