@@ -43,6 +43,14 @@ class MicroBatch:
     weight_half: WeightHalf | None = None
 
 
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Add to what a parameter's gradient is so far, as a backward of autograd does."""
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -76,12 +84,8 @@ class _SplitLinear(torch.autograd.Function):
         def later() -> None:
             dw, db = weight_gradients()
             for parameter, made in ((weight, dw), (bias, db)):
-                if made is None:
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = made
-                else:
-                    parameter.grad += made
+                if made is not None:
+                    accumulate(parameter, made)
 
         half.calls.append(later)
         return dx, None, None, None

@@ -203,6 +203,7 @@ class StageCutter:
         return bool(node.args[5]) if name in ("batch_norm", "cudnn_batch_norm") else True
 
     def where(self, node: Node) -> str:
+        """A node as errors name it: its operator where it belongs to one."""
         ops = self.ops_of_node.get(node)
         return f"operator {ops[0]!r}" if ops else f"node {node.name!r}"
 
@@ -237,6 +238,7 @@ class StageCutter:
         return max(found, key=order.__getitem__)
 
     def reads(self, node: Node) -> list[Node]:
+        """The nodes among the arguments; of an expanded tensor the one that it is made of."""
         whole = self.broadcast_of(node)
         if whole is not None:
             return [whole]
@@ -255,12 +257,7 @@ class StageCutter:
         stack = list(roots)
         while stack:
             node = stack.pop()
-            if node in draft.inside or node in draft.incoming or node in draft.placeholders:
-                continue
-            if size_value(node) is not None:
-                continue  # From the number of samples.
-            if node.op == "placeholder":
-                draft.placeholders.add(node)
+            if draft.settles(node):
                 continue
             owner = self.owner.get(node, index)
             if owner != index and not isinstance(node.meta.get("val"), tuple | list):
@@ -284,12 +281,7 @@ class StageCutter:
         stack = list(losses)
         while stack:
             node = stack.pop()
-            if node in draft.inside or node in draft.incoming or node in draft.placeholders:
-                continue
-            if size_value(node) is not None:
-                continue
-            if node.op == "placeholder":
-                draft.placeholders.add(node)
+            if draft.settles(node):
                 continue
             owner = self.owner.get(node)
             is_made_before = owner is not None and node not in late
@@ -374,6 +366,7 @@ class StageCutter:
 
     @staticmethod
     def shape_operands(node: Node) -> frozenset[Node]:
+        """The operand whose shape alone a node reads; empty for nodes that read values."""
         name = aten_name(node)
         position = 0 if name in SHAPE_ONLY else 1
         if name not in SHAPE_ONLY and name not in ("expand_as", "view_as", "reshape_as", "type_as"):

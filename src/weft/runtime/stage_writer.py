@@ -40,6 +40,17 @@ class Draft:
     """Nodes of other stages that it reads, and their stage."""
     placeholders: set[Node] = field(default_factory=set)
 
+    def settles(self, node: Node) -> bool:
+        """Whether nothing is left to find out about a node: it was seen, or is there anyway.
+
+        Placeholders are noted; sizes come from the number of samples.
+        """
+        if node in self.inside or node in self.incoming or node in self.placeholders:
+            return True
+        if node.op == "placeholder":
+            self.placeholders.add(node)
+        return node.op == "placeholder" or size_value(node) is not None
+
 
 class StageWriter:
     """Writes one stage's GraphModule."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from weft.base.errors import IntegrityError
-from weft.runtime.micro_batch import MicroBatch
+from weft.runtime.micro_batch import MicroBatch, accumulate
 from weft.runtime.stage_program import Tail, TensorSpec
 from weft.runtime.transport import Handle
 
@@ -138,9 +138,5 @@ class WholeBatch:
         if self.slot:
             return
         for p, gradient in zip(weights, made[len(ends) :], strict=True):
-            if gradient is None:
-                continue
-            if p.grad is None:
-                p.grad = gradient
-            else:
-                p.grad += gradient
+            if gradient is not None:
+                accumulate(p, gradient)
