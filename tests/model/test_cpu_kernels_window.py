@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import pytest
 import torch
 from torch import Tensor
 
+from model.narrow_kernels import kernels
 from weft.model.kernels import cpu_window
-from weft.model.kernels.cpu_team import NativeKernels, native_kernels
+from weft.model.kernels.cpu_team import native_kernels
 from weft.model.kernels.cpu_window import (
     can_run,
     token_multiple,
@@ -24,17 +22,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@functools.cache
-def kernels(lanes: int, has_dot: bool) -> NativeKernels:
-    """The host's kernels, or such as a narrower processor would have."""
-    full = native_kernels()
-    assert full is not None
-    if lanes > full.isa.lanes or has_dot > full.isa.has_bf16_dot:
-        pytest.skip("the host lacks these vectors or instructions")
-    isa = dataclasses.replace(full.isa, lanes=lanes, has_bf16_dot=has_dot)
-    return NativeKernels(full.team, isa)
 
 
 def forward(query: Tensor, seen: HeldTokens) -> Tensor:

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from runtime.loopback_training import loopback_executor
 from runtime.train_plans import Cut, case_of, plan_of_cut
 from runtime.train_reference import train_plain
 from weft.model.zoo.registry import ZooModel
-from weft.plan.schedules import generate
 from weft.plan.train_plan import TrainPlan
-from weft.runtime.batch_source import TensorSource
-from weft.runtime.loopback import LoopbackWorld
-from weft.runtime.stage_executor import TorchStageExecutor
 
 BATCH = 12
 NUM_MODELS, PLANS_PER_MODEL = 12, 26
@@ -130,15 +127,7 @@ def test_random_plans_neither_hang_nor_differ(seed: int) -> None:
     num_run = 0
     for _ in range(PLANS_PER_MODEL):
         drawn = draw_plan(case.capture.graph, rng)
-        executor = TorchStageExecutor(
-            plan=drawn.plan,
-            capture=case.capture,
-            module=case.model.module,
-            world=LoopbackWorld(len(drawn.plan.used_devices)),
-            source=TensorSource(case.capture, lambda step: case.batches[step]),
-            optimizer=sgd,
-            schedule=generate(drawn.plan, drawn.schedule),
-        )
+        executor = loopback_executor(case, drawn.plan, optimizer=sgd, schedule=drawn.schedule)
         list(executor.steps(1))
         for rank in executor.ranks:
             for name, p in rank.parameters.items():

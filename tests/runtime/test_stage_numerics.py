@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from runtime.loopback_training import loopback_executor
 from runtime.train_plans import Case, Cut, chain_cut, plan_of_cut, random_parts, zoo_case
 from runtime.train_reference import train_plain
 from weft.base.errors import UnsupportedError
 from weft.plan.train_plan import TrainPlan
-from weft.runtime.batch_source import TensorSource
-from weft.runtime.executor_config import ExecutorConfig
-from weft.runtime.loopback import LoopbackWorld
 from weft.runtime.stage_executor import StepResult, TorchStageExecutor
 
 TOLERANCE = 1e-9
@@ -33,15 +31,7 @@ def run(
     case: Case, plan: TrainPlan, num_steps: int = 3, **options: Any
 ) -> tuple[TorchStageExecutor, list[StepResult]]:
     """Train over loopback."""
-    executor = TorchStageExecutor(
-        plan=plan,
-        capture=case.capture,
-        module=case.model.module,
-        world=LoopbackWorld(len(plan.used_devices)),
-        source=TensorSource(case.capture, lambda step: case.batches[step]),
-        optimizer=sgd,
-        config=ExecutorConfig(**options),
-    )
+    executor = loopback_executor(case, plan, optimizer=sgd, **options)
     return executor, list(executor.steps(num_steps))
 
 

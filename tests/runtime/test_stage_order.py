@@ -5,33 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from runtime.train_plans import Case, chain_cut, plan_of_cut, zoo_case
+from runtime.loopback_training import loopback_executor, sgd
+from runtime.train_plans import chain_cut, plan_of_cut, zoo_case
 from runtime.train_reference import train_plain
 from weft.plan.action import ActionKind
-from weft.plan.train_plan import TrainPlan
-from weft.runtime.batch_source import TensorSource
-from weft.runtime.executor_config import ExecutorConfig
-from weft.runtime.loopback import LoopbackWorld
-from weft.runtime.stage_executor import TorchStageExecutor
-
-
-def sgd(held: Any) -> torch.optim.Optimizer:
-    values = held.values() if isinstance(held, dict) else held
-    return torch.optim.SGD(list(values), lr=0.05, momentum=0.9)
-
-
-def executor(case: Case, plan: TrainPlan) -> TorchStageExecutor:
-    return TorchStageExecutor(
-        plan=plan,
-        capture=case.capture,
-        module=case.model.module,
-        world=LoopbackWorld(len(plan.used_devices)),
-        source=TensorSource(case.capture, lambda step: case.batches[step]),
-        optimizer=sgd,
-        config=ExecutorConfig(record=True),
-    )
 
 
 @pytest.mark.parametrize("dp", [1, (1, 2, 1, 2)])
@@ -41,7 +19,7 @@ def test_a_sequential_plan_waits_for_edges_of_no_bytes(dp: Any) -> None:
     plan = plan_of_cut(graph, chain_cut(graph, 4, dp=dp), 8, sequential=True)
     orders = [(e.source, e.target) for e in plan.edges if e.is_order_only]
     assert orders
-    runtime = executor(case, plan)
+    runtime = loopback_executor(case, plan, record=True)
     results = list(runtime.steps(3))
 
     timeline = runtime.gather_timeline()
@@ -72,7 +50,7 @@ def test_a_sent_tensor_is_let_go_of_once_its_arrival_is_known(schedule: str, mos
     graph = case.capture.graph
     plan = plan_of_cut(graph, chain_cut(graph, 3), 32, schedule=schedule)
     assert plan.num_micro_batches(0) == 16
-    runtime = executor(case, plan)
+    runtime = loopback_executor(case, plan, record=True)
     held: list[int] = []
     for rank in runtime.ranks:
         mail, send = rank.loop.mail, rank.loop.transport.send

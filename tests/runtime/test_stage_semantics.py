@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from runtime.loopback_training import loopback_executor, sgd
 from runtime.train_plans import Case, case_of, chain_cut, plan_of_cut, zoo_case
 from runtime.train_reference import train_plain
 from weft.base.errors import ConfigError, UnsupportedError
 from weft.model.zoo.registry import ZooModel
 from weft.plan.action import COMPUTE_KINDS, ActionKind
-from weft.plan.schedules import generate
-from weft.plan.train_plan import TrainPlan
 from weft.runtime.batch_source import TensorSource
-from weft.runtime.executor_config import ExecutorConfig, LossScope
+from weft.runtime.executor_config import LossScope
 from weft.runtime.loopback import LoopbackWorld
 from weft.runtime.stage_executor import NonFiniteLossError, TorchStageExecutor
 from weft.sim.stage_executor import simulate
@@ -27,29 +26,9 @@ from weft.sim.stage_executor import simulate
 TOLERANCE = 1e-9
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    values = parameters.values() if isinstance(parameters, Mapping) else parameters
-    return torch.optim.SGD(list(values), lr=0.05, momentum=0.9)
-
-
 def adam(parameters: Any) -> torch.optim.Optimizer:
     values = parameters.values() if isinstance(parameters, Mapping) else parameters
     return torch.optim.AdamW(list(values), lr=1e-2)
-
-
-def make(
-    case: Case, plan: TrainPlan, *, optimizer: Any = sgd, schedule: str = "", **options: Any
-) -> TorchStageExecutor:
-    return TorchStageExecutor(
-        plan=plan,
-        capture=case.capture,
-        module=case.model.module,
-        world=LoopbackWorld(len(plan.used_devices)),
-        source=TensorSource(case.capture, lambda step: case.batches[step]),
-        optimizer=optimizer,
-        schedule=generate(plan, schedule) if schedule else None,
-        config=ExecutorConfig(**options),
-    )
 
 
 def assert_same(executor: TorchStageExecutor, module: nn.Module) -> None:
@@ -72,7 +51,7 @@ def gpt_case(**options: Any) -> Case:
 def test_schedules_agree(schedule: str) -> None:
     case = gpt_case()
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3, dp=(1, 2, 1)), 8)
-    executor = make(case, plan, schedule=schedule)
+    executor = loopback_executor(case, plan, schedule=schedule)
     if schedule == "zero-bubble":
         assert ActionKind.W in executor.schedule.kinds
     list(executor.steps(3))
@@ -82,7 +61,7 @@ def test_schedules_agree(schedule: str) -> None:
 def test_split_backward_leaves_weights_for_later() -> None:
     case = gpt_case()
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2), 8)
-    executor = make(case, plan, schedule="zero-bubble")
+    executor = loopback_executor(case, plan, schedule="zero-bubble")
     loop = executor.ranks[0].loop
     left: list[int] = []
     run_weight_half = loop._run[ActionKind.W]
@@ -100,7 +79,7 @@ def test_split_backward_leaves_weights_for_later() -> None:
 def test_tied_weights_across_stages() -> None:
     case = gpt_case(tied=True)
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3, dp=(2, 1, 1)), 8)
-    executor = make(case, plan)
+    executor = loopback_executor(case, plan)
     holders = [rank.rank for rank in executor.ranks if "tokens.weight" in rank.parameters]
     assert holders == [0, 1, 3]
     assert [r.rank for r in executor.ranks if "tokens.weight" in r.owned] == [0]
@@ -112,7 +91,7 @@ def test_tied_weights_across_stages() -> None:
 def test_clipping_by_global_norm(limit: float) -> None:
     case = gpt_case(tied=True)
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3, dp=(1, 2, 1)), 8)
-    executor = make(case, plan, clip_norm=limit)
+    executor = loopback_executor(case, plan, clip_norm=limit)
     results = list(executor.steps(3))
     wanted = reference(case, clip_norm=limit)
     assert [r.grad_norm for r in results] == pytest.approx(wanted.norms, abs=TOLERANCE)
@@ -123,7 +102,7 @@ def test_clipping_by_global_norm(limit: float) -> None:
 def test_small_buckets_start_before_the_end_of_backward() -> None:
     case = gpt_case()
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 1, dp=2), 8)
-    executor = make(case, plan, bucket_bytes=4096)
+    executor = loopback_executor(case, plan, bucket_bytes=4096)
     sync = executor.ranks[0].sync
     assert sync is not None
     started: list[str] = []
@@ -167,7 +146,7 @@ def test_gradients_are_divided_by_the_global_weight() -> None:
     plan = plan_of_cut(
         case.capture.graph, chain_cut(case.capture.graph, 2, micro_batch=2, dp=(1, 2)), 8
     )
-    executor = make(case, plan)
+    executor = loopback_executor(case, plan)
     results = list(executor.steps(3))
     weights = [float((labels != 3).sum()) for _, (labels,) in case.batches]
     assert [r.weight for r in results] == weights
@@ -179,7 +158,7 @@ def test_gradients_are_divided_by_the_global_weight() -> None:
 def test_accumulation_over_flushes() -> None:
     case = small_gpt(masked_loss, batch_size=16)
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2, dp=(1, 2)), 8)
-    executor = make(case, plan, accumulate=2)
+    executor = loopback_executor(case, plan, accumulate=2)
     results = list(executor.steps(3))
     assert [r.num_samples for r in results] == [16] * 3
     assert_same(executor, reference(case).module)
@@ -221,7 +200,7 @@ def heads_case(frozen: bool = False) -> Case:
 def test_losses_of_several_tasks_in_several_stages() -> None:
     case = heads_case()
     graph = case.capture.graph
-    executor = make(case, plan_of_cut(graph, chain_cut(graph, len(graph.ops)), 8))
+    executor = loopback_executor(case, plan_of_cut(graph, chain_cut(graph, len(graph.ops)), 8))
     assert len(executor.cut.loss_stages) == 2
     results = list(executor.steps(3))
     wanted = reference(case)
@@ -232,7 +211,7 @@ def test_losses_of_several_tasks_in_several_stages() -> None:
 def test_measured_timeline_has_every_action_and_message() -> None:
     case = gpt_case()
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3, dp=(1, 2, 1)), 8)
-    executor = make(case, plan, record=True)
+    executor = loopback_executor(case, plan, record=True)
     list(executor.steps(3))
     measured = executor.gather_timeline()
     planned = simulate(plan, num_steps=3)
@@ -251,7 +230,7 @@ def test_frozen_stage_sends_no_gradient() -> None:
     case = heads_case(frozen=True)
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 4), 8)
     assert plan.stages[0].frozen
-    executor = make(case, plan)
+    executor = loopback_executor(case, plan)
     backward = [
         bound.action
         for rank in executor.ranks
@@ -306,9 +285,13 @@ def noisy_case() -> Case:
 def test_dropout_does_not_depend_on_the_plan(num_parts: int, options: dict[str, Any]) -> None:
     case = noisy_case()
     graph = case.capture.graph
-    whole = make(case, plan_of_cut(graph, chain_cut(graph, 1, micro_batch=8), 8), seed=5)
+    whole = loopback_executor(
+        case, plan_of_cut(graph, chain_cut(graph, 1, micro_batch=8), 8), seed=5
+    )
     wanted = list(whole.steps(3))
-    executor = make(case, plan_of_cut(graph, chain_cut(graph, num_parts, **options), 8), seed=5)
+    executor = loopback_executor(
+        case, plan_of_cut(graph, chain_cut(graph, num_parts, **options), 8), seed=5
+    )
     results = list(executor.steps(3))
     assert [r.loss for r in results] == pytest.approx([r.loss for r in wanted], abs=TOLERANCE)
     module = copy.deepcopy(case.model.module)
@@ -316,14 +299,14 @@ def test_dropout_does_not_depend_on_the_plan(num_parts: int, options: dict[str, 
     assert_same(executor, module)
     plain = reference(case)
     assert abs(wanted[0].loss - plain.losses[0]) > 1e-6
-    other = make(case, whole.plan, seed=6)
+    other = loopback_executor(case, whole.plan, seed=6)
     assert abs(next(other.steps(1)).loss - wanted[0].loss) > 1e-6
 
 
 def test_evaluation_has_no_dropout_and_changes_nothing() -> None:
     case = noisy_case()
     graph = case.capture.graph
-    executor = make(case, plan_of_cut(graph, chain_cut(graph, 3, dp=(1, 2, 1)), 8))
+    executor = loopback_executor(case, plan_of_cut(graph, chain_cut(graph, 3, dp=(1, 2, 1)), 8))
     before = [{n: p.clone() for n, p in r.parameters.items()} for r in executor.ranks]
     found = executor.evaluate(TensorSource(case.capture, lambda step: case.batches[step]), 2)
     module = copy.deepcopy(case.model.module).eval()
@@ -375,7 +358,7 @@ def test_two_versions_follow_the_rule(num_steps: int, depth: int, dp: int, recom
     case = zoo_case("candle-uno", num_steps=7)
     cut = chain_cut(case.capture.graph, depth, dp=dp, recompute=recompute)
     plan = plan_of_cut(case.capture.graph, cut, 8, schedule="2bw")
-    executor = make(case, plan, optimizer=adam)
+    executor = loopback_executor(case, plan, optimizer=adam)
     assert not executor.schedule.is_synchronous
     wanted = two_bw_reference(case, num_steps)
     for result, weights in zip(executor.steps(num_steps), wanted, strict=True):
@@ -389,7 +372,7 @@ def test_two_versions_follow_the_rule(num_steps: int, depth: int, dp: int, recom
 def test_evaluation_between_steps_without_flushes_is_refused() -> None:
     case = zoo_case("candle-uno", num_steps=3)
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3), 8, schedule="2bw")
-    executor = make(case, plan)
+    executor = loopback_executor(case, plan)
     source = TensorSource(case.capture, lambda step: case.batches[step])
     steps = executor.steps(3)
     next(steps)
@@ -402,9 +385,9 @@ def test_evaluation_between_steps_without_flushes_is_refused() -> None:
 def test_two_versions_resume() -> None:
     case = zoo_case("candle-uno", num_steps=6)
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3), 8, schedule="2bw")
-    whole = make(case, plan)
+    whole = loopback_executor(case, plan)
     list(whole.steps(6))
-    first, second = make(case, plan), make(case, plan)
+    first, second = loopback_executor(case, plan), loopback_executor(case, plan)
     list(first.steps(3))
     for old, new in zip(first.ranks, second.ranks, strict=True):
         assert old.previous is not None
@@ -429,7 +412,7 @@ def test_loss_that_is_not_finite_stops_before_the_update() -> None:
     case = zoo_case("candle-uno")
     case.batches[1][0][0][5] = float("nan")
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2, dp=(1, 2)), 8)
-    executor = make(case, plan)
+    executor = loopback_executor(case, plan)
     run = executor.steps(3)
     next(run)
     before = [{n: p.clone() for n, p in r.parameters.items()} for r in executor.ranks]
@@ -473,21 +456,25 @@ def test_operators_that_depend_on_the_cut_are_refused(layer: nn.Module, match: s
     )
     case = case_of(model, batch_size=8, num_steps=1)
     with pytest.raises(UnsupportedError, match=match):
-        make(case, plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 1), 8))
+        loopback_executor(
+            case, plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 1), 8)
+        )
 
 
 def test_contrastive_loss_must_say_its_scope() -> None:
     case = zoo_case("clip")
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 3, dp=(1, 1, 1)), 8)
     with pytest.raises(UnsupportedError, match="loss_scope"):
-        make(case, plan)
+        loopback_executor(case, plan)
 
 
 @pytest.mark.parametrize("dp", [(1, 1, 1), (2, 2, 2)])
 def test_contrastive_loss_within_micro_batches(dp: tuple[int, ...]) -> None:
     case = zoo_case("clip")
     cut = chain_cut(case.capture.graph, 3, micro_batch=4, dp=dp)
-    executor = make(case, plan_of_cut(case.capture.graph, cut, 8), loss_scope=LossScope.MICRO_BATCH)
+    executor = loopback_executor(
+        case, plan_of_cut(case.capture.graph, cut, 8), loss_scope=LossScope.MICRO_BATCH
+    )
     results = list(executor.steps(3))
     size = 4 // dp[-1]
     groups = [slice(a, a + size) for a in range(0, 8, size)]
@@ -505,14 +492,14 @@ def test_what_would_stall_a_schedule_without_flushes_is_refused(
     case = zoo_case("candle-uno")
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2), 8, schedule="2bw")
     with pytest.raises(UnsupportedError, match=match):
-        make(case, plan, **options)
+        loopback_executor(case, plan, **options)
 
 
 def test_lbfgs_is_refused() -> None:
     case = zoo_case("candle-uno")
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2), 8)
     with pytest.raises(UnsupportedError, match="LBFGS"):
-        make(case, plan, optimizer=lambda held: torch.optim.LBFGS(list(held.values())))
+        loopback_executor(case, plan, optimizer=lambda held: torch.optim.LBFGS(list(held.values())))
 
 
 def test_world_must_have_the_plans_size() -> None:
@@ -539,7 +526,7 @@ def test_world_must_have_the_plans_size() -> None:
 def test_contrastive_loss_over_the_whole_batch(num_parts: int, options: dict[str, Any]) -> None:
     case = zoo_case("clip")
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, num_parts, **options), 8)
-    executor = make(case, plan, schedule="gpipe", loss_scope=LossScope.GLOBAL)
+    executor = loopback_executor(case, plan, schedule="gpipe", loss_scope=LossScope.GLOBAL)
     results = list(executor.steps(3))
     wanted = reference(case)
     assert [r.loss for r in results] == pytest.approx(wanted.losses, abs=TOLERANCE)
@@ -556,7 +543,7 @@ def test_loss_over_the_whole_batch_needs_every_forward_first() -> None:
     case = zoo_case("clip")
     plan = plan_of_cut(case.capture.graph, chain_cut(case.capture.graph, 2), 8)
     with pytest.raises(ValueError, match="gpipe"):
-        make(case, plan, loss_scope=LossScope.GLOBAL)
+        loopback_executor(case, plan, loss_scope=LossScope.GLOBAL)
 
 
 def test_autocast_keeps_float32_weights_and_sends_bfloat16() -> None:
@@ -571,7 +558,9 @@ def test_autocast_keeps_float32_weights_and_sends_bfloat16() -> None:
     batches = tuple(((torch.randn(8, 6),), (torch.randn(8),)) for _ in range(3))
     case = Case(model=model, capture=model.trace(), batches=batches)
     cut = chain_cut(case.capture.graph, 3, dp=(1, 2, 1))
-    executor = make(case, plan_of_cut(case.capture.graph, cut, 8), autocast=torch.bfloat16)
+    executor = loopback_executor(
+        case, plan_of_cut(case.capture.graph, cut, 8), autocast=torch.bfloat16
+    )
     sent: set[torch.dtype] = set()
     for rank in executor.ranks:
         send = rank.loop.transport.send
