@@ -15,7 +15,7 @@ from weft.model.kernels import cpu_linear, cpu_panel
 from weft.model.kernels.cpu_gemm import Epilogue
 from weft.model.kernels.cpu_ir import Storage
 from weft.model.kernels.cpu_panel import even_cuts, panel_calls, panel_spec
-from weft.model.kernels.cpu_panel_ir import MIN_PANEL_ROWS, tile_heights
+from weft.model.kernels.cpu_panel_ir import MIN_GRAD_ROWS, MIN_PANEL_ROWS, tile_heights
 from weft.model.kernels.cpu_record import record
 from weft.model.kernels.cpu_team import NativeKernels, native_kernels
 from weft.model.linear import make_linear
@@ -115,7 +115,7 @@ def test_a_gradient_matches_float64(dtype: torch.dtype, lanes: int, has_dot: boo
     if has_dot and dtype is not torch.bfloat16:
         pytest.skip("the instruction is for bfloat16")
     native = kernels(lanes, has_dot)
-    for m, n, k in ((32, 64, 96), (37, 80, 45), (64, 1568, 40)):
+    for m, n, k in ((MIN_GRAD_ROWS, 96, 64), (32, 64, 96), (37, 80, 45), (64, 1568, 40)):
         dy, weight = draw(m, n, dtype=dtype, seed=1), draw(n, k, dtype=dtype, seed=2) / n**0.5
         assert_near(product(native, dy, weight, is_grad=True), dy.double() @ weight.double())
 
@@ -194,12 +194,13 @@ def test_a_replay_on_more_threads_than_recorded_is_the_same() -> None:
     assert_near(expected, x.double() @ layer.dense().double().T)
 
 
+@pytest.mark.parametrize("fewest_rows", [MIN_GRAD_ROWS, MIN_PANEL_ROWS])
 @pytest.mark.parametrize("lanes", [8, 16])
-def test_a_tile_s_height_is_always_one_that_has_code(lanes: int) -> None:
+def test_a_tile_s_height_is_always_one_that_has_code(lanes: int, fewest_rows: int) -> None:
     full = native_kernels()
     assert full is not None
-    heights = tile_heights(dataclasses.replace(full.isa, lanes=lanes))
-    for rows in range(MIN_PANEL_ROWS, 600):
+    heights = tile_heights(dataclasses.replace(full.isa, lanes=lanes), fewest_rows)
+    for rows in range(fewest_rows, 600):
         tiles = -(-rows // heights[-1])
         bounds = [rows * tile // tiles for tile in range(tiles + 1)]
         assert {b - a for a, b in pairwise(bounds)} <= set(heights)

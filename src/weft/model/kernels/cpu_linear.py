@@ -16,7 +16,12 @@ from torch import Tensor
 from weft.model.kernels.cpu_gemm import GEMM_ARGS, MAX_ROW_BLOCK, Epilogue, GemmSpec
 from weft.model.kernels.cpu_ir import Isa, Storage
 from weft.model.kernels.cpu_panel import panel_calls, panel_spec, sum_multiple, sum_spec
-from weft.model.kernels.cpu_panel_ir import CHUNK, MIN_PANEL_ROWS, panel_width
+from weft.model.kernels.cpu_panel_ir import (
+    CHUNK,
+    MIN_GRAD_ROWS,
+    MIN_PANEL_ROWS,
+    panel_width,
+)
 from weft.model.kernels.cpu_rows_ir import SILU_MUL_ARGS, SiluMulSpec
 from weft.model.kernels.cpu_team import Call, NativeKernels, native_kernels
 
@@ -28,6 +33,7 @@ _STORAGES = {
 # Above this many rows weights stay in the cache between row blocks, and fetching ahead only costs.
 _MAX_FETCH_ROWS = 128
 _ROW_BLOCK_BYTES = 400_000
+_LONG_GRAD = 2048
 _ROWS_WORD = GEMM_ARGS.index("m")
 
 
@@ -243,6 +249,17 @@ def sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
+def _fewest_grad_rows(storage: Storage, weight: Tensor) -> int:
+    """From how many rows on the native kernel beats torch's own product.
+
+    Few rows of float32, and of bfloat16 against a weight of few outputs, are torch's.
+    """
+    if storage is Storage.FLOAT32:
+        return MIN_PANEL_ROWS
+    is_long = storage is Storage.FLOAT16 or weight.shape[0] >= _LONG_GRAD
+    return MIN_GRAD_ROWS if is_long else MIN_PANEL_ROWS
+
+
 def _can_run_native_grad(dy: Tensor, weight: Tensor) -> bool:
     """Whether the native kernel takes dy [M, N] @ weight [N, K], and is the faster path for it."""
     storage = storage_of(weight.dtype)
@@ -253,7 +270,7 @@ def _can_run_native_grad(dy: Tensor, weight: Tensor) -> bool:
     native = native_kernels()
     return (
         native is not None
-        and MIN_PANEL_ROWS <= dy.shape[0] <= max_native_rows(storage)
+        and _fewest_grad_rows(storage, weight) <= dy.shape[0] <= max_native_rows(storage)
         and dy.shape[1] % CHUNK == 0
         and dy.stride(1) == 1
         and weight.shape[1] >= panel_width(native.isa)

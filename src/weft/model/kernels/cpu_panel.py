@@ -135,7 +135,8 @@ def panel_calls(
 
     weight [N, K] is contiguous; y is x Wᵀ, or x W for a gradient; `extra` is the bias [N] or the
     addend [M, N] with y's row stride. They run in order, each after the one before has ended.
-    M is at least `MIN_PANEL_ROWS`, but for sums over tokens, and y no narrower than a panel.
+    M is at least `MIN_PANEL_ROWS` (`MIN_GRAD_ROWS` for a gradient), but for sums over tokens, and y
+    no narrower than a panel.
     """
     team = native.team
     # Replays of fewer rows must not leave a block with less than a product's fewest rows.

@@ -26,6 +26,8 @@ CHUNK = 16
 """Units of a row of x that lie together; a contraction is a multiple of it."""
 MIN_PANEL_ROWS = 32
 """The fewest rows of a product: from here on a panel of W is worth the copying."""
+MIN_GRAD_ROWS = 8
+"""The same for a gradient, whose panels are copied as they lie."""
 PACK_ARGS = ("x", "ldx", "packed", "m", "units")
 PANEL_ARGS = (
     "packed",
@@ -57,10 +59,10 @@ def max_tile_rows(isa: Isa) -> int:
     return 14 if isa.lanes == 16 else 6
 
 
-def tile_heights(isa: Isa) -> range:
-    """The heights that tiles of `MIN_PANEL_ROWS` or more rows, dealt evenly, can have."""
+def tile_heights(isa: Isa, fewest_rows: int = MIN_PANEL_ROWS) -> range:
+    """The heights that tiles of so many rows or more, dealt evenly, can have."""
     most = max_tile_rows(isa)
-    least = min(rows // -(-rows // most) for rows in range(MIN_PANEL_ROWS, most * most))
+    least = min(rows // -(-rows // most) for rows in range(fewest_rows, most * most))
     return range(least, most + 1)
 
 
@@ -137,7 +139,9 @@ class PanelSpec:
 
     def heights(self, isa: Isa) -> range:
         """Those that tiles can have."""
-        return range(1, max_tile_rows(isa) + 1) if self.is_sum else tile_heights(isa)
+        if self.is_sum:
+            return range(1, max_tile_rows(isa) + 1)
+        return tile_heights(isa, MIN_GRAD_ROWS if self.is_grad else MIN_PANEL_ROWS)
 
     def outputs_per_panel(self, isa: Isa) -> int:
         """Outputs that one panel makes; the fewest that the kernel can make."""
