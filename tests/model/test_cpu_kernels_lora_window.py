@@ -123,9 +123,13 @@ def test_forward(
     for part in parts:
         inner = x.double() @ part.a.double().t()
         wanted.append((inner, part.out.double() + part.scale * inner @ part.b.double().t()))
-    assert cpu_lora_window.forward(parts, x)
+    taken = cpu_lora_window.forward(parts, x)
+    assert taken or num_tokens > 64
+    if not taken:
+        assert torch.equal(room, before)
+        return
     for part, (inner, out) in zip(parts, wanted, strict=True):
-        assert error(part.low_rank, inner) <= TOLERANCE[dtype]
+        assert part.low_rank is None or error(part.low_rank, inner) <= TOLERANCE[dtype]
         assert error(part.out, out) <= TOLERANCE[dtype]
     assert torch.equal(room[:, :5], before[:, :5])
 

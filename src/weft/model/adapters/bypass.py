@@ -8,7 +8,7 @@ Shape legend: T tokens of the iteration, n tokens of a group, K in_features, N o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from weft.model.adapters.weights import Bypass
 from weft.model.finetune.dropout import dropout_scale
 from weft.model.finetune.primitives import activation
 from weft.model.forward_step import BypassGroup, ForwardStep, Taps
-from weft.model.kernels import cpu_linear
+from weft.model.kernels import cpu_linear, cpu_lora_window
+from weft.model.kernels.cpu_lora_window import LoraOutput
 from weft.model.linear import LinearWeight
 
 _NOTHING: frozenset[str] = frozenset()
@@ -170,13 +171,47 @@ class BypassedLayer:
         return (torch.cat([x, *copies]) if copies else x), replaced
 
     def _add_low_rank(self, parts: tuple[Linear, ...], x: Tensor, outputs: Tensor) -> None:
-        for part in parts:
-            for group, bypass in self._bypasses(part.module):
-                if "A" in bypass.weights:
-                    self._add_lora(group, bypass, x, _columns(outputs, part))
+        for group in self._groups:
+            bypasses = group.adapter.layers[self._layer]
+            loras = [
+                (bypass, _columns(outputs, part))
+                for part in parts
+                if (bypass := bypasses.get(part.module)) is not None and "A" in bypass.weights
+            ]
+            if loras and not self._add_window(group, loras, x):
+                for bypass, columns in loras:
+                    self._add_lora(group, bypass, x, columns)
         rows = self._rows
         if rows is not None and rows.has_any(self._layer, parts, Field.RANK):
             rows.table.kernels.add_low_rank(x, outputs, parts, rows, self._layer)
+
+    def _add_window(
+        self, group: BypassGroup, loras: Sequence[tuple[Bypass, Tensor]], x: Tensor
+    ) -> bool:
+        """Add all LoRAs of neighbouring rows at once, where there is a kernel for it."""
+        rows = group.rows
+        if group.dropout is not None or not isinstance(rows, slice):
+            return False
+        source = x[rows]
+        names = [low_rank(bypass.target.module) for bypass, _ in loras]
+        parts = [
+            LoraOutput(
+                a=(a := bypass.weights["A"]),
+                b=bypass.weights["B"],
+                scale=bypass.target.scale,
+                low_rank=source.new_empty(source.shape[0], a.shape[0])
+                if self._keeps(group, name)
+                else None,
+                out=columns[rows],
+            )
+            for name, (bypass, columns) in zip(names, loras, strict=True)
+        ]
+        if not cpu_lora_window.forward(parts, source):
+            return False
+        for name, part in zip(names, parts, strict=True):
+            if part.low_rank is not None:
+                self._keep_of(group, name, part.low_rank)
+        return True
 
     def _add_lora(self, group: BypassGroup, bypass: Bypass, x: Tensor, outputs: Tensor) -> None:
         rows, target = group.rows, bypass.target
@@ -209,10 +244,15 @@ class BypassedLayer:
     def _keep_of(self, group: BypassGroup, name: str, value: Tensor) -> None:
         """Show taps a tensor [n, width] of a group whose tokens are theirs."""
         taps, rows = self._taps, group.rows
-        if taps is None or name not in self._wanted or not isinstance(rows, slice):
-            return
-        if taps.rows.start <= rows.start and rows.stop <= taps.rows.stop:
+        if taps is not None and isinstance(rows, slice) and self._keeps(group, name):
             taps.keep(self._layer, name, rows, value)
+
+    def _keeps(self, group: BypassGroup, name: str) -> bool:
+        """Whether taps want a tensor of a group, whose tokens are theirs."""
+        taps, rows = self._taps, group.rows
+        if taps is None or name not in self._wanted or not isinstance(rows, slice):
+            return False
+        return taps.rows.start <= rows.start and rows.stop <= taps.rows.stop
 
 
 def _columns(outputs: Tensor, part: Linear) -> Tensor:

@@ -7,6 +7,7 @@ Shape legend: s tokens of the window, K in_features, N out_features, r rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,17 +22,21 @@ from weft.model.kernels.cpu_lora_window_ir import (
     ContractSpec,
     ExpandSpec,
 )
+from weft.model.kernels.cpu_panel import sum_spec
 from weft.model.kernels.cpu_team import Call, NativeKernels, address, float_bits, native_kernels
 
 _MOST_DOT_ROWS = 384
 """Of a backward window in bfloat16, where the processor has dot products of it: beyond, the panels
 of `cpu_panel`, which use them, are faster. Measured at rank 16 and widths of 384 to 2,048."""
+_MOST_FORWARD_ROWS = 128
+_MOST_DOT_FORWARD_ROWS = 64
+"""Of a forward window, likewise: torch's own product of few ranks is the faster beyond."""
 _ROWS_WORD = HEAD_ARGS.index("num_rows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraGrads:
-    """One LoRA of a backward window; every tensor's rows are contiguous."""
+    """One LoRA of a backward window: weights and gradients whole, of the others each row."""
 
     a: Tensor
     """[r, K], as `grad_a`, which is float32."""
@@ -48,15 +53,15 @@ class LoraGrads:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraOutput:
-    """One LoRA of a forward window; every tensor's rows are contiguous."""
+    """One LoRA of a forward window: weights whole, of the others each row."""
 
     a: Tensor
     """[r, K]."""
     b: Tensor
     """[N, r]."""
     scale: float
-    low_rank: Tensor
-    """[s, r], filled with x Aᵀ."""
+    low_rank: Tensor | None
+    """[s, r], filled with x Aᵀ; None where nothing reads it."""
     out: Tensor
     """[s, N], to which scale · x Aᵀ Bᵀ is added."""
 
@@ -70,14 +75,15 @@ def backward(parts: Sequence[LoraGrads], x: Tensor, dx: Tensor | None) -> bool:
     native, storage = native_kernels(), storage_of(x.dtype)
     if native is None or storage is None or not _is_laid_out(x, x if dx is None else dx):
         return False
-    use_dot = storage is Storage.BFLOAT16 and native.isa.has_bf16_dot
-    if use_dot and x.shape[0] > _MOST_DOT_ROWS:
+    if _has_dot(native, storage) and x.shape[0] > _MOST_DOT_ROWS:
         return False
     head, num_chunks, keep = _head(native, [part.a.shape[0] for part in parts], x.shape[0])
     words: list[int] = []
     for part, chunk in zip(parts, num_chunks, strict=True):
         dy, low = part.dy, part.low_rank
-        if not _is_laid_out(x, dy, low) or part.grad_a.dtype is not torch.float32:
+        is_whole = _is_whole(part.a, part.b, like=x)
+        is_whole &= _is_whole(part.grad_a, part.grad_b, like=part.grad_a)
+        if not is_whole or not _is_laid_out(x, dy, low) or part.grad_a.dtype is not torch.float32:
             return False
         words += (
             part.a.shape[0],
@@ -103,15 +109,22 @@ def backward(parts: Sequence[LoraGrads], x: Tensor, dx: Tensor | None) -> bool:
 
 
 def forward(parts: Sequence[LoraOutput], x: Tensor) -> bool:
-    """Fill every `low_rank`, and add to every `out`, rounded once; x [s, K]."""
+    """Fill every `low_rank`, and add to every `out`, rounded once; x [s, K].
+
+    Long windows are left to the caller.
+    """
     native, storage = native_kernels(), storage_of(x.dtype)
     if native is None or storage is None or not _is_laid_out(x):
+        return False
+    most = _MOST_DOT_FORWARD_ROWS if _has_dot(native, storage) else _MOST_FORWARD_ROWS
+    if x.shape[0] > most:
         return False
     head, num_chunks, keep = _head(native, [part.a.shape[0] for part in parts], x.shape[0])
     words: list[int] = []
     for part, chunk in zip(parts, num_chunks, strict=True):
         low, out = part.low_rank, part.out
-        if not _is_laid_out(x, low, out):
+        is_whole = _is_whole(part.a, part.b, like=x)
+        if not is_whole or not _is_laid_out(x, out, out if low is None else low):
             return False
         words += (
             part.a.shape[0],
@@ -122,8 +135,8 @@ def forward(parts: Sequence[LoraOutput], x: Tensor) -> bool:
             x.shape[1],
             part.a.data_ptr(),
             0,
-            low.data_ptr(),
-            low.stride(0),
+            address(low),
+            0 if low is None else low.stride(0),
             part.b.data_ptr(),
             0,
             0,
@@ -136,12 +149,22 @@ def forward(parts: Sequence[LoraOutput], x: Tensor) -> bool:
     return True
 
 
+def _has_dot(native: NativeKernels, storage: Storage) -> bool:
+    """Whether the other path multiplies twice as fast."""
+    return storage is Storage.BFLOAT16 and native.isa.has_bf16_dot
+
+
 def _is_laid_out(like: Tensor, *tensors: Tensor) -> bool:
     """Whether rows are contiguous, on the CPU, and all of one dtype."""
     return all(
         x.stride(1) == 1 and x.dtype is like.dtype and x.device.type == "cpu" and x.shape[0] > 0
         for x in (like, *tensors)
     )
+
+
+def _is_whole(*tensors: Tensor, like: Tensor) -> bool:
+    """Whether tensors have no gaps, and all one dtype."""
+    return all(x.is_contiguous() and x.dtype is like.dtype for x in tensors)
 
 
 def _head(
@@ -169,9 +192,20 @@ def _submit(
     *,
     is_backward: bool,
 ) -> None:
-    contract = native.address(ContractSpec(storage=storage, is_backward=is_backward))
-    expand = native.address(ExpandSpec(storage=storage, is_backward=is_backward))
+    contract, expand = _kernels(native, storage, is_backward)
     native.team.submit(
         Call(kernel=contract, words=words, rows_word=_ROWS_WORD, keep=keep),
         Call(kernel=expand, words=words, rows_word=_ROWS_WORD, keep=keep),
+    )
+
+
+@functools.cache
+def _kernels(native: NativeKernels, storage: Storage, is_backward: bool) -> tuple[int, int]:
+    """Addresses of what runs before the barrier and behind it."""
+    if is_backward and _has_dot(native, storage):
+        # What long windows need instead is compiled when a short one first comes, at start-up.
+        native.address(sum_spec(native, storage))
+    return (
+        native.address(ContractSpec(storage=storage, is_backward=is_backward)),
+        native.address(ExpandSpec(storage=storage, is_backward=is_backward)),
     )

@@ -46,11 +46,12 @@ PART_ARGS = (
     "out_width",
 )
 """Words of a LoRA. `source` is contracted with `narrowing`: dy with B, or forward x with A.
-`widening` (A, or forward B) expands to `out` (dx of all parts, or forward each part's own; 0: not
-wanted). `low` is what B was applied to: read by backward, written by forward. `beside` is x."""
+`widening` (A, or forward B) expands to `out` (dx of all parts, or forward each part's own); where
+nothing is wanted `out` is 0 for dx, and `out_width` for the others. `low` is what B was applied to:
+read by backward, written by forward unless it is 0. `beside` is x."""
 ROW_TILE = 8
 """Rows of the sums are padded to a multiple of it."""
-_TOKENS = 32
+_TOKENS = 64
 _COLUMNS = 64
 _F32 = Storage.FLOAT32
 
@@ -257,7 +258,7 @@ def _emit_totals(spec: ExpandSpec, k: Builder, head: _Head, part: _Part) -> None
             total.set(total.get() + theirs)
         k.store(head.own_totals, at, total.get() * scale, _F32)
         if not spec.is_backward:
-            with k.when((row >= first) & (row < last)):
+            with k.when((row >= first) & (row < last) & (part.words["low"] > 0)):
                 low = k.offset(part.low, row * part.low_stride + chunk * lanes, spec.storage)
                 k.store_some(low, 0, total.get(), spec.storage, num_ranks)
 
