@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class GroupStep:
     page_tokens: int
     """B."""
     window: int | None
-    scratch: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    scratch: dict[str, Any] = field(default_factory=dict[str, Any])
     """What a kernel set derives once and uses in every layer of the group."""
 
 

@@ -41,6 +41,7 @@ from weft.model.finetune.loss import window_loss
 from weft.model.finetune.optimizer import clip_
 from weft.model.finetune.taps import SampleTaps, TappedRow
 from weft.model.forward_step import BypassGroup
+from weft.model.kernels.held_tokens import HeldTokens, TokenGather
 from weft.runtime.device_context import DeviceContext
 from weft.runtime.finetune_checkpoint import load_checkpoint, load_weights, save_checkpoint
 from weft.runtime.finetune_state import JobState, SampleState
@@ -222,37 +223,13 @@ class FinetuneJobs:
         """Pass the batch's backward rows, in their order, then take its optimizer steps."""
         for segment, sample in self._rows(batch, SegmentKind.FT_BACKWARD):
             first, end = batch.layers[segment.row].tolist()
+            window = _BackwardWindow(batch, segment, sample, self._context)
             for layer in range(end - 1, first - 1, -1):
                 sample.check_backward(segment, layer)
-                self._layer_backward(batch, segment, sample, layer)
+                window.run(layer)
                 sample.went_backward(layer, segment.begin)
         for step in () if batch.finetune is None else batch.finetune.steps:
             self._step(step)
-
-    def _layer_backward(
-        self, batch: Batch, segment: FinetuneSegment, sample: SampleState, layer: int
-    ) -> None:
-        plan, d_hidden = sample.job.plans[layer], sample.d_hidden
-        if plan.needs.is_empty or d_hidden is None:
-            return
-        begin, end = segment.begin, segment.end
-        kv = None
-        if plan.needs.reads_pages:
-            layout = self._context.layout
-            group = layout.layer_groups[layer]
-            kv = gather_kv(
-                self._context.kv[layer],
-                upload(batch.page_tables[group][segment.row], d_hidden.device),
-                page_tokens=layout.groups[group].page_tokens,
-                begin=begin,
-                end=end,
-                window=layout.groups[group].window,
-            )
-        place = sample.place(begin, end)
-        tensors = LayerTensors(plan, sample.saved.window(layer, begin, end), place, kv)
-        d_input = layer_backward(plan, tensors, place, d_hidden[begin:end], sample.kv_grads(layer))
-        if d_input is not None:
-            d_hidden[begin:end] = d_input
 
     # ---- behind the rows ----
 
@@ -372,6 +349,50 @@ class FinetuneJobs:
             saves=tuple(pending.saves),
             failures=tuple(failures.values()),
         )
+
+
+class _BackwardWindow:
+    """One backward row, layer by layer."""
+
+    def __init__(
+        self, batch: Batch, segment: FinetuneSegment, sample: SampleState, context: DeviceContext
+    ) -> None:
+        self._batch = batch
+        self._segment = segment
+        self._sample = sample
+        self._context = context
+        self._place = sample.place(segment.begin, segment.end)
+        self._gathers: dict[int, TokenGather] = {}
+        """By cache group."""
+
+    def run(self, layer: int) -> None:
+        """Sum the layer's gradients, and bring the sample's `d_hidden` to the layer's input."""
+        sample, begin, end = self._sample, self._segment.begin, self._segment.end
+        plan, d_hidden = sample.job.plans[layer], sample.d_hidden
+        if plan.needs.is_empty or d_hidden is None:
+            return
+        kv = self._seen(layer) if plan.needs.reads_pages else None
+        tensors = LayerTensors(plan, sample.saved.window(layer, begin, end), self._place, kv)
+        d_output = d_hidden[begin:end]
+        d_input = layer_backward(plan, tensors, self._place, d_output, sample.kv_grads(layer))
+        if d_input is not None:
+            d_output.copy_(d_input)
+
+    def _seen(self, layer: int) -> HeldTokens:
+        """Keys and values of a layer that the window sees; those of the layer before are gone."""
+        layout, kv = self._context.layout, self._context.kv[layer]
+        group = layout.layer_groups[layer]
+        gather = self._gathers.get(group)
+        if gather is None:
+            gather = self._gathers[group] = gather_kv(
+                kv,
+                upload(self._batch.page_tables[group][self._segment.row], kv.keys.device),
+                page_tokens=layout.groups[group].page_tokens,
+                begin=self._segment.begin,
+                end=self._segment.end,
+                window=layout.groups[group].window,
+            )
+        return gather.of(kv)
 
 
 def _is_validation(row: _ForwardRow) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from weft.model.finetune.primitives import wide_dtype
 from weft.model.forward_step import KvLayer
 from weft.model.kernels import cpu_window
-from weft.model.kernels.held_tokens import HeldTokens, gather_tokens
+from weft.model.kernels.held_tokens import HeldTokens, TokenGather
 
 _BLOCK_ROWS = 64
 """G * m, about: rows of one block's product for each key-value head."""
@@ -29,11 +29,14 @@ _BLOCK_ROWS = 64
 
 def gather_kv(
     kv: KvLayer, pages: Tensor, *, page_tokens: int, begin: int, end: int, window: int | None
-) -> HeldTokens:
-    """Copy from the arena what a window sees; `pages` [P] are the sample's from its first on."""
+) -> TokenGather:
+    """Copies from the arena what a window sees, of the layers of `kv`'s cache group in turn.
+
+    `pages` [P] are the sample's from its first on.
+    """
     keys = kv.keys
     multiple = cpu_window.token_multiple(keys.dtype, keys.device, keys.shape[3])
-    return gather_tokens(
+    return TokenGather(
         kv,
         pages,
         page_tokens=page_tokens,

@@ -15,7 +15,7 @@ from weft.model.kernels.cpu_ir import Storage
 from weft.model.kernels.cpu_linear import storage_of
 from weft.model.kernels.cpu_team import NativeKernels, native_kernels
 from weft.model.kernels.cpu_window import token_multiple, window_forward
-from weft.model.kernels.held_tokens import gather_tokens
+from weft.model.kernels.held_tokens import TokenGather
 from weft.model.kernels.interface import AttentionShape, HeadNorms
 from weft.model.kernels.torch_kernels import TorchKernels
 from weft.model.linear import LinearWeight, make_linear
@@ -96,17 +96,19 @@ class CpuKernels:
     def _attend_window(
         self, chunk: ChunkRow, query: Tensor, out: Tensor, kv: KvLayer, group: GroupStep
     ) -> None:
-        multiple = token_multiple(query.dtype, query.device, self._shape.head_dim)
-        held = gather_tokens(
-            kv,
-            group.page_tables[chunk.row],
-            page_tokens=group.page_tokens,
-            begin=chunk.first_prefix - 1,
-            end=chunk.context,
-            window=group.window,
-            multiple=multiple or 1,
-        )
-        window_forward(query, held, out)
+        key = f"gather {chunk.row}"
+        gather: TokenGather | None = group.scratch.get(key)
+        if gather is None:
+            gather = group.scratch[key] = TokenGather(
+                kv,
+                group.page_tables[chunk.row],
+                page_tokens=group.page_tokens,
+                begin=chunk.first_prefix - 1,
+                end=chunk.context,
+                window=group.window,
+                multiple=token_multiple(query.dtype, query.device, self._shape.head_dim) or 1,
+            )
+        window_forward(query, gather.of(kv), out)
 
     def _native_for(self, x: Tensor) -> tuple[NativeKernels | None, Storage | None]:
         if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):

@@ -28,41 +28,57 @@ class HeldTokens:
     """A token sees itself and the `window - 1` before it."""
 
 
-def gather_tokens(
-    kv: KvLayer,
-    pages: Tensor,
-    *,
-    page_tokens: int,
-    begin: int,
-    end: int,
-    window: int | None,
-    multiple: int,
-) -> HeldTokens:
-    """Copy what a window sees; `pages` [P] are the sample's from its first on.
+class TokenGather:
+    """Copies what a window sees, of one layer after the other.
 
-    The tokens held are filled up with zeros to a multiple of `multiple`.
+    The layers of a cache group take turns in the same memory, which need not be faulted in again.
     """
-    first_page = 0 if window is None else max(0, begin + 1 - window) // page_tokens
-    first = first_page * page_tokens
-    used = pages[first_page : -(-end // page_tokens)]
-    num_paged = len(used) * page_tokens
-    num_heads, head_dim = kv.keys.shape[1], kv.keys.shape[3]
-    held: list[Tensor] = []
-    for cache in (kv.keys, kv.values):
-        target = cache.new_empty(num_heads, -(-num_paged // multiple) * multiple, head_dim)
-        by_page = target[:, :num_paged].unflatten(1, (len(used), page_tokens))
-        by_page.copy_(_pages_of(cache, used).transpose(0, 1))
+
+    def __init__(
+        self,
+        kv: KvLayer,
+        pages: Tensor,
+        *,
+        page_tokens: int,
+        begin: int,
+        end: int,
+        window: int | None,
+        multiple: int,
+    ) -> None:
+        """`kv` is any layer of the group; `pages` [P] are the sample's from its first on.
+
+        The tokens held are filled up with zeros to a multiple of `multiple`.
+        """
+        first_page = 0 if window is None else max(0, begin + 1 - window) // page_tokens
+        first = first_page * page_tokens
+        used = pages[first_page : -(-end // page_tokens)]
+        num_paged = len(used) * page_tokens
+        num_heads, head_dim = kv.keys.shape[1], kv.keys.shape[3]
+        num_held = -(-num_paged // multiple) * multiple
+        both = kv.keys.new_empty(2, num_heads, num_held, head_dim)
+        by_page = both[:, :, :num_paged].unflatten(2, (len(used), page_tokens)).transpose(1, 2)
+        self._pages = _run_of(used)
+        self._keys_by_page, self._values_by_page = by_page.unbind()
         # What pages hold behind the last token may be anything.
-        target[:, end - first :].zero_()
-        held.append(target)
-    keys, values = held
-    return HeldTokens(keys=keys, values=values, first=first, begin=begin, end=end, window=window)
+        self._behind = both[:, :, end - first :]
+        keys, values = both.unbind()
+        self._held = HeldTokens(
+            keys=keys, values=values, first=first, begin=begin, end=end, window=window
+        )
+
+    def of(self, kv: KvLayer) -> HeldTokens:
+        """What the window sees of a layer, until the next call."""
+        self._keys_by_page.copy_(kv.keys[self._pages])
+        self._values_by_page.copy_(kv.values[self._pages])
+        self._behind.zero_()
+        return self._held
 
 
-def _pages_of(cache: Tensor, pages: Tensor) -> Tensor:
-    """cache[pages]; a view where they follow each other, as they mostly do on an idle device."""
-    if cache.device.type == "cpu":
+def _run_of(pages: Tensor) -> slice | Tensor:
+    """What to index pages with; on the CPU a slice where they follow each other, as they mostly do
+    on an idle device."""
+    if pages.device.type == "cpu":
         first, num = int(pages[0]), len(pages)
         if pages.tolist() == list(range(first, first + num)):
-            return cache[first : first + num]
-    return cache[pages]
+            return slice(first, first + num)
+    return pages
