@@ -32,7 +32,7 @@ class HandEngine:
     def __init__(self) -> None:
         self.on_finetune_events: Callable[[list[FinetuneEvent]], None] | None = None
 
-    async def add_job(self, spec: FinetuneJobSpec) -> None:
+    async def add_job(self, spec: FinetuneJobSpec, *, is_paused: bool = False) -> None:
         self.changes(spec.id, JobStatus.RUNNING)
 
     async def control_job(self, job_id: str, action: JobAction) -> None:

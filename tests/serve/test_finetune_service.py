@@ -20,6 +20,7 @@ from weft.engine.finetune import (
     StepMetrics,
 )
 from weft.model.tokenizer import Tokenizer
+from weft.serve import retries
 from weft.serve.api_keys import Tenant
 from weft.serve.finetune_bodies import JobBody
 from weft.serve.finetune_service import FinetuneService, FinetuneServiceConfig
@@ -39,9 +40,12 @@ class Engine:
         self.on_finetune_events: Callable[[list[FinetuneEvent]], None] | None = None
         self.actions: list[JobAction] = []
         self.jobs: set[str] = set()
+        self.paused: set[str] = set()
 
-    async def add_job(self, spec: FinetuneJobSpec) -> None:
+    async def add_job(self, spec: FinetuneJobSpec, *, is_paused: bool = False) -> None:
         self.jobs.add(spec.id)
+        if is_paused:
+            self.paused.add(spec.id)
 
     async def control_job(self, job_id: str, action: JobAction) -> None:
         self.actions.append(action)
@@ -131,6 +135,90 @@ def test_what_cannot_be_kept_fails_its_job_alone(
     assert good.step == 2
 
 
+def test_a_failure_is_kept_once_the_disk_has_room(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing at all can be written for a while, not even that the job has failed."""
+    monkeypatch.setattr(retries, "RETRY_S", 0.01)
+
+    async def run() -> StoredJob:
+        engine, store = Engine(), Store(tmp_path / "data")
+        service = FinetuneService(
+            store,
+            engine,
+            Tokenizer.from_directory(model_dir),
+            FinetuneServiceConfig(base_names=("base",), max_model_len=64),
+            ServedModels(("base",), engine),
+        )
+        await service.start()
+        file = await service.run(
+            store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=b'{"text": "abc"}'
+        )
+        job = await service.create(TENANT, JobBody(model="base", training_file=file.id))
+        num_refused, is_full = 0, True
+
+        def refuse(work: Callable[..., Any]) -> Callable[..., Any]:
+            def refused(*args: Any, **kwargs: Any) -> Any:
+                nonlocal num_refused
+                if not is_full:
+                    return work(*args, **kwargs)
+                num_refused += 1
+                raise StorageError(FULL)
+
+            return refused
+
+        for name in ("add_step", "finish_job", "update_job"):
+            monkeypatch.setattr(store, name, refuse(getattr(store, name)))
+        engine.say(step(job.id, 1))
+        while num_refused < 6:
+            await asyncio.sleep(0.01)
+        assert (await service.job("t", job.id)).status is JobStatus.QUEUED
+        is_full = False
+        while (found := await service.job("t", job.id)).status is not JobStatus.FAILED:
+            await asyncio.sleep(0.01)
+        await service.close()
+        return found
+
+    found = asyncio.run(run())
+    assert found.error_code == "storage_full"
+    assert FULL in (found.error_message or "")
+
+
+@pytest.mark.parametrize("status", [JobStatus.RUNNING, JobStatus.PAUSED])
+def test_a_restart_goes_on_under_another_name_of_the_base(
+    status: JobStatus, model_dir: Path, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        job_id = ""
+        for name in ("./base", "/path/to/base/"):
+            engine, store = Engine(), Store(tmp_path / "data")
+            service = FinetuneService(
+                store,
+                engine,
+                Tokenizer.from_directory(model_dir),
+                FinetuneServiceConfig(base_names=(name,), max_model_len=64),
+                ServedModels((name,), engine),
+            )
+            await service.start()
+            if name == "./base":
+                data = b'{"text": "abc"}'
+                file = await service.run(
+                    store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=data
+                )
+                job = await service.create(TENANT, JobBody(model=name, training_file=file.id))
+                job_id = job.id
+                await service.run(store.update_job, job_id, status=status)
+            else:
+                assert engine.jobs == {job_id}
+                # One that stands still does so from its first iteration on.
+                assert engine.paused == ({job_id} if status is JobStatus.PAUSED else set())
+                assert not engine.actions
+                assert (await service.job("t", job_id)).status is status
+            await service.close()
+
+    asyncio.run(run())
+
+
 class SlowEngine(Engine):
     """Takes jobs when it is let."""
 
@@ -139,7 +227,7 @@ class SlowEngine(Engine):
         self.is_asked = asyncio.Event()
         self.may_answer = asyncio.Event()
 
-    async def add_job(self, spec: FinetuneJobSpec) -> None:
+    async def add_job(self, spec: FinetuneJobSpec, *, is_paused: bool = False) -> None:
         self.is_asked.set()
         await self.may_answer.wait()
         await super().add_job(spec)

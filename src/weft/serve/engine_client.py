@@ -284,14 +284,14 @@ class EngineClient:
             self._send(Cancel(request_id=live.request.id))
             self._end(live)
 
-    async def add_job(self, spec: FinetuneJobSpec) -> None:
-        """Start a finetuning job; its news come to `on_finetune_events`.
+    async def add_job(self, spec: FinetuneJobSpec, *, is_paused: bool = False) -> None:
+        """Start a finetuning job, or have it stand by; its news come to `on_finetune_events`.
 
         Raises:
             WeftError: the engine refuses it: it does not fit, or not the model.
             EngineDeadError: the engine is gone.
         """
-        await self._call(lambda call_id: AddJob.of(call_id, spec))
+        await self._call(lambda call_id: AddJob.of(call_id, spec, is_paused=is_paused))
 
     async def control_job(self, job_id: str, action: JobAction) -> None:
         """Cancel, pause or resume a job.

@@ -33,6 +33,7 @@ from weft.serve.messages import (
     Failed,
     FinishChoice,
     FromEngine,
+    JobAction,
     JobNews,
     LoadAdapter,
     Progress,
@@ -122,7 +123,7 @@ class EngineServer:
             case CheckIntegrity():
                 self._send(self._check())
             case AddJob():
-                self._answer(message.call_id, lambda: core.add_job(message.whole()))
+                self._answer(message.call_id, lambda: self._add_job(message))
             case ControlJob():
                 self._answer(
                     message.call_id, lambda: core.control_job(message.job_id, message.action)
@@ -135,6 +136,11 @@ class EngineServer:
                 self._is_told_to_stop = True
             case Configure():
                 raise ConfigError("an engine is configured once")
+
+    def _add_job(self, message: AddJob) -> None:
+        self._core.add_job(message.whole())
+        if message.is_paused:  # Before any iteration could advance it.
+            self._core.control_job(message.spec.id, JobAction.PAUSE)
 
     def _answer(self, call_id: int, work: Callable[[], None]) -> None:
         """Do what was asked of a job or an adapter; what is wrong with it its caller hears."""

@@ -51,6 +51,7 @@ from weft.serve.records import (
     StoredAdapter,
     StoredJob,
 )
+from weft.serve.retries import Retries
 from weft.serve.served_models import ServedModels
 from weft.serve.store import Store
 
@@ -67,8 +68,8 @@ class FinetuneEngine(Protocol):
 
     on_finetune_events: Callable[[list[FinetuneEvent]], None] | None
 
-    async def add_job(self, spec: FinetuneJobSpec) -> None:
-        """Start a job."""
+    async def add_job(self, spec: FinetuneJobSpec, *, is_paused: bool = False) -> None:
+        """Start a job, or have it stand by."""
         ...
 
     async def control_job(self, job_id: str, action: JobAction) -> None:
@@ -112,6 +113,7 @@ class FinetuneService:
         self._was_paused: set[str] = set()
         """Jobs whose next step will have taken as long as their pause."""
         self._task: asyncio.Task[None] | None = None
+        self._retries = Retries(self.run)
         self._begun: set[asyncio.Task[None]] = set()
         """Work that goes on to its end without its caller."""
 
@@ -139,6 +141,7 @@ class FinetuneService:
         if self._task is not None:
             await asyncio.wait_for(self._events.join(), _ANSWER_TIMEOUT_S)
             self._task.cancel()
+        self._retries.close()
         self._thread.shutdown()
         self._store.close()
 
@@ -368,7 +371,7 @@ class FinetuneService:
         )
         await self.run(directory.mkdir, parents=True, exist_ok=True)
         try:
-            await self._engine.add_job(spec)
+            await self._engine.add_job(spec, is_paused=job.status is JobStatus.PAUSED)
         except ConfigError as error:
             raise InvalidRequestError(str(error), "weft") from None
         except OutOfMemoryError as error:
@@ -379,7 +382,9 @@ class FinetuneService:
         step = await self.run(self._store.latest_checkpoint, job.id)
         try:
             await self.run(self._store.rewind, job.id, step or 0)
-            initial = await self._initial_adapter(None, job.model)
+            # The base may be called otherwise by now: by another path to it, say.
+            is_of_base = not job.model.startswith("ft:")
+            initial = None if is_of_base else await self._initial_adapter(None, job.model)
             training = await self.run(self._store.read_file, job.tenant, job.training_file)
             validation = None
             if job.validation_file is not None:
@@ -388,8 +393,6 @@ class FinetuneService:
             examples = await asyncio.to_thread(_examples, training, validation)
             samples, checked = await asyncio.to_thread(self._encode, settings, examples)
             await self._submit(job, samples, checked, initial=initial, resume_step=step)
-            if job.status is JobStatus.PAUSED:
-                await self._engine.control_job(job.id, JobAction.PAUSE)
         except EngineDeadError:
             raise
         except (WeftError, OSError) as error:
@@ -542,17 +545,20 @@ class FinetuneService:
             await self._engine.control_job(job_id, JobAction.CANCEL)
         except WeftError as problem:
             logger.warning("job %s: %s", job_id, problem)
+        fail = partial(
+            self._store.update_job,
+            job_id,
+            status=JobStatus.FAILED,
+            error_code="storage_full",
+            error_message=str(error),
+            finished_at=int(time.time()),
+        )
         try:
-            await self.run(
-                self._store.update_job,
-                job_id,
-                status=JobStatus.FAILED,
-                error_code="storage_full",
-                error_message=str(error),
-                finished_at=int(time.time()),
-            )
+            await self.run(fail)
         except StorageError as again:
             logger.error("job %s: its failure could not be kept either: %s", job_id, again)
+            # Else it would seem to run for ever, though the engine has ended it.
+            self._retries.add(job_id, fail)
 
     def _estimate(self, event: StepMetrics) -> None:
         self._latest[event.job_id] = event

@@ -99,11 +99,14 @@ class AddJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Without its samples."""
     samples: PackedSamples
     validation: PackedSamples
+    is_paused: bool = False
+    """It begins standing still."""
 
     @classmethod
-    def of(cls, call_id: int, spec: FinetuneJobSpec) -> AddJob:
+    def of(cls, call_id: int, spec: FinetuneJobSpec, *, is_paused: bool = False) -> AddJob:
         """Take a job apart."""
         return cls(
+            is_paused=is_paused,
             call_id=call_id,
             spec=replace(spec, samples=(), validation=()),
             samples=PackedSamples.of(spec.samples),
