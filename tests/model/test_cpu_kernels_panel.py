@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from itertools import pairwise
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.narrow_kernels import kernels
 from weft.model.kernels import cpu_linear, cpu_panel
 from weft.model.kernels.cpu_gemm import Epilogue
 from weft.model.kernels.cpu_ir import Storage
@@ -25,19 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@functools.cache
-def kernels(lanes: int, has_dot: bool) -> NativeKernels:
-    """The host's kernels, or such as a narrower processor would have."""
-    full = native_kernels()
-    assert full is not None
-    if lanes > full.isa.lanes or has_dot > full.isa.has_bf16_dot:
-        pytest.skip("the host lacks these vectors or instructions")
-    if (lanes, has_dot) == (full.isa.lanes, full.isa.has_bf16_dot):
-        return full
-    isa = dataclasses.replace(full.isa, lanes=lanes, has_bf16_dot=has_dot)
-    return NativeKernels(full.team, isa)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
