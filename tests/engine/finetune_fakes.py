@@ -68,6 +68,13 @@ class FinetuneChecker:
         self.fails_at: dict[str, int] = {}
         """Job -> the step at which it fails."""
         self.disk_is_full = False
+        self.save_delay = 0
+        """Batches after which a checkpoint is on disk."""
+        self.num_waits = 0
+        """Batches of nothing but waiting for checkpoints."""
+        self.num_blocked_steps = 0
+        """Steps that a checkpoint under way held up within a batch."""
+        self._writing: list[tuple[int, CheckpointSaved]] = []
         self.num_batches = 0
 
     def take(self, batch: Batch, cells: Cells) -> FinetuneOutcome:
@@ -105,7 +112,13 @@ class FinetuneChecker:
             ]
             self._ends(work.sample_ends)
             self._steps(work.steps, steps, failures)
-        saves: list[CheckpointSaved] = []
+        waits = not (batch.num_rows or work.steps)
+        self.num_waits += waits and not work.saves
+        saves = self._told(0 if waits else self.save_delay, [step.job_id for step in work.steps])
+        self.num_blocked_steps += sum(
+            any(saved.job_id == step.job_id for saved in saves) and bool(self.save_delay)
+            for step in work.steps
+        )
         for save in work.saves:
             job = self.jobs.get(save.job_id)
             if job is None or job.failed:
@@ -118,22 +131,36 @@ class FinetuneChecker:
                 continue
             assert save.num_steps == job.next_step
             self.saved.append(save.path)
-            saves.append(
-                CheckpointSaved(
-                    job_id=save.job_id, path=save.path, num_steps=save.num_steps, elapsed_s=0.1
-                )
+            saved = CheckpointSaved(
+                job_id=save.job_id, path=save.path, num_steps=save.num_steps, elapsed_s=0.1
             )
+            if waits or not self.save_delay:
+                saves.append(saved)
+            else:
+                self._writing.append((self.num_batches, saved))
         for publish in work.publishes:
             job = self.jobs.get(publish.job_id)
             if job is not None and not job.failed:
+                assert publish.job_id not in [saved.job_id for _, saved in self._writing]
                 self.published.append(publish.id)
         for name in work.job_ends:
+            self._writing = [entry for entry in self._writing if entry[1].job_id != name]
             self.jobs.pop(name, None)
             for key in [key for key in self.samples if key[0] == name]:
                 del self.samples[key]
         return FinetuneOutcome(
             losses=tuple(losses), steps=tuple(steps), saves=tuple(saves), failures=tuple(failures)
         )
+
+    def _told(self, delay: int, jobs: list[str]) -> list[CheckpointSaved]:
+        """Checkpoints that are on disk after so many batches, and all of some jobs."""
+        told = [
+            entry
+            for entry in self._writing
+            if entry[0] + delay <= self.num_batches or entry[1].job_id in jobs
+        ]
+        self._writing = [entry for entry in self._writing if entry not in told]
+        return [saved for _, saved in told]
 
     def _starts(self, work: FinetuneWork) -> None:
         for start in work.sample_starts:

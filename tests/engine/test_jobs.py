@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -265,6 +267,50 @@ def test_checkpoints_are_saved_and_a_resumed_job_does_the_rest(tmp_path) -> None
     policy.add_job(job(lengths=(5,) * 5, checkpoint_dir="d", resume_from="d/step-5"))
     assert statuses(drain(policy, executor)) == [JobStatus.RUNNING, JobStatus.SUCCEEDED]
     assert executor.finetune.steps == []
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("policy_kind", [FinetunePolicy.COSERVE, FinetunePolicy.FINETUNE_ONLY])
+def test_checkpoints_are_written_while_batches_go_on(
+    policy_kind: FinetunePolicy, depth: int
+) -> None:
+    config = replace(FIXED, policy=policy_kind)
+    policy, executor = make(config, depth=depth)
+    checker = executor.finetune
+    checker.save_delay = 3
+    policy.add_job(job(lengths=(9,) * 5, checkpoint_dir="d", validation=(sample(5),)))
+    events = drain(policy, executor)
+    assert statuses(events) == [JobStatus.RUNNING, JobStatus.SUCCEEDED]
+    assert checker.saved == [*(f"d/step-{step}" for step in range(1, 6)), "d/final"]
+    assert [e.path for e in events if isinstance(e, CheckpointSaved)] == checker.saved
+    assert checker.num_waits > 0
+    # No more than one step is ever done beyond what is on disk.
+    num_saved = 0
+    for event in events:
+        if isinstance(event, CheckpointSaved):
+            num_saved = event.num_steps
+        elif isinstance(event, StepMetrics):
+            assert event.step <= num_saved + 1
+    # Beside requests it is the job that waits for the disk, not an iteration.
+    if policy_kind is FinetunePolicy.COSERVE:
+        assert checker.num_blocked_steps == 0
+    else:
+        assert checker.num_blocked_steps > 0
+
+
+def test_a_paused_job_hears_of_its_checkpoint() -> None:
+    policy, executor = make()
+    executor.finetune.save_delay = 100
+    policy.add_job(job(lengths=(5,) * 5, checkpoint_dir="d"))
+    loop = EngineLoop(policy, executor)
+    while not executor.finetune.saved:
+        loop.step()
+    policy.pause_job("j")
+    events = drain(policy, executor)
+    assert [e.path for e in events if isinstance(e, CheckpointSaved)] == ["d/step-1"]
+    assert not policy.has_work
+    policy.resume_job("j")
+    assert statuses(drain(policy, executor))[-1] is JobStatus.SUCCEEDED
 
 
 @pytest.mark.parametrize(

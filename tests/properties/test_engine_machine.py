@@ -72,8 +72,21 @@ class EngineMachine(RuleBasedStateMachine):
         iteration_s=st.sampled_from([0.004, 0.02, 0.1]),
         share=st.sampled_from([0.0, 0.3]),
         window=st.integers(1, 12),
+        save_delay=st.integers(0, 4),
     )
-    def build(self, num_pages, depth, budget, caching, layout, kind, iteration_s, share, window):
+    def build(
+        self,
+        num_pages,
+        depth,
+        budget,
+        caching,
+        layout,
+        kind,
+        iteration_s,
+        share,
+        window,
+        save_delay,
+    ):
         windows, multiples = layout
         info = make_info(
             num_pages=num_pages * len(windows),
@@ -85,6 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.window = windows[0] if windows == (7,) else None
         self.executor = MemoryExecutor(info, max_in_flight=depth)
+        self.executor.finetune.save_delay = save_delay
         self.clock = VirtualClock()
         self.job_ends: dict[str, JobStatus] = {}
         self.num_jobs = 0

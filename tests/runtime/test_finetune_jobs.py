@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import resource
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -365,6 +367,127 @@ def test_a_full_disk_fails_the_job_and_leaves_the_last_checkpoint(
     resumed = hand_of()
     resumed.start(SPEC, resume_from=kept)
     assert not resumed.outcomes[-1].failures
+
+
+class SlowDisk:
+    """Writes nothing before it is let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_asked, self.may_write = threading.Event(), threading.Event()
+        self._save_file = finetune_checkpoint.save_file
+        self.error: OSError | None = None
+        monkeypatch.setattr(finetune_checkpoint, "save_file", self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.is_asked.set()
+        assert self.may_write.wait(20)
+        if self.error is not None:
+            raise self.error
+        self._save_file(*args, **kwargs)
+
+
+def begin_save(hand: FinetuneHand, path: Path) -> Row:
+    """A step and its checkpoint in an iteration that a request waits for; the request's next."""
+    prompt = list(range(5, 20))
+    hand.run(
+        rows=[Row(slot=0, tokens=prompt)],
+        starts=[start(0, prompt)],
+        saves=(SaveCheckpoint(job_id="job", path=str(path), num_steps=1),),
+    )
+    return Row(slot=0, tokens=[8], begin=len(prompt), is_decode=True)
+
+
+def test_iterations_go_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand, alone = hand_of(), hand_of()
+    for each in (hand, alone):
+        each.start(SPEC)
+        train_step(each, 0, 0.01)
+    wanted = alone.weights(tmp_path / "alone")
+    disk, path = SlowDisk(monkeypatch), tmp_path / "step-1"
+    decode = begin_save(hand, path)
+    assert disk.is_asked.wait(20)
+    hand.run(rows=[decode])
+    samples = samples_of(1)
+    hand.run(sample_starts=(), rows=[decode])
+    assert not any(outcome.saves for outcome in hand.outcomes)
+    assert not path.exists()
+    # Before the next step, which changes the weights, the checkpoint must be there.
+    threading.Timer(0.05, disk.may_write.set).start()
+    hand.run(
+        rows=[decode],
+        sample_starts=tuple(start_of(sample) for sample in samples),
+        forward=[Span(sample=sample, begin=0, end=sample.num_tokens) for sample in samples],
+    )
+    num_layers = hand.context.config.num_layers
+    hand.run(
+        rows=[decode],
+        backward=[
+            Span(sample=sample, begin=0, end=sample.num_tokens, layers=(0, num_layers))
+            for sample in samples
+        ],
+        steps=(OptimizerStep(job_id="job", step=1, lr=0.5),),
+    )
+    told = [save for outcome in hand.outcomes for save in outcome.saves]
+    assert [(save.path, save.num_steps) for save in told] == [(str(path), 1)]
+    kept = load_file(path / "adapter_model.safetensors")
+    (other,) = (tmp_path / "alone").iterdir()
+    for name, weight in load_file(other / "adapter_model.safetensors").items():
+        assert torch.equal(kept[name], weight), name
+    changed = hand.weights(tmp_path / "after")
+    assert not all(torch.equal(changed[name], wanted[name]) for name in wanted)
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_the_job_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand = hand_of()
+    hand.start(SPEC)
+    hand.weights(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    disk, path = SlowDisk(monkeypatch), tmp_path / "step-1"
+    disk.error = OSError(errno.ENOSPC, "No space left on device")
+    decode = begin_save(hand, path)
+    assert not hand.outcomes[-1].failures
+    disk.may_write.set()
+    hand.run()  # Nothing but waiting.
+    (failure,) = hand.outcomes[-1].failures
+    assert (failure.job_id, failure.path, failure.step) == ("job", str(path), 1)
+    assert "No space left" in failure.message
+    assert list(tmp_path.iterdir()) == [kept]
+    hand.run(rows=[decode], steps=(OptimizerStep(job_id="job", step=1, lr=0.5),))
+    assert not hand.outcomes[-1].steps
+
+
+def test_a_job_that_fails_keeps_the_checkpoint_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand = hand_of(torch.float32)
+    (sample, _) = samples_of(0)
+    sample = Sample(**{**vars(sample), "loss_scale": 1e39})  # Its gradient is beyond float32.
+    hand.start(SPEC, samples=[sample])
+    hand.pass_samples([sample])
+    disk, path = SlowDisk(monkeypatch), tmp_path / "step-1"
+    begin_save(hand, path)
+    assert disk.is_asked.wait(20)
+    threading.Timer(0.05, disk.may_write.set).start()
+    hand.step()
+    assert [save.path for save in hand.outcomes[-1].saves] == [str(path)]
+    assert len(hand.outcomes[-1].failures) == 1
+    assert path.is_dir()
+
+
+def test_what_is_being_written_reaches_the_disk_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand = hand_of()
+    hand.start(SPEC)
+    disk, path = SlowDisk(monkeypatch), tmp_path / "step-1"
+    begin_save(hand, path)
+    threading.Timer(0.05, disk.may_write.set).start()
+    hand.executor.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
 
 
 @pytest.mark.parametrize("is_final", [False, True])

@@ -151,7 +151,7 @@ def test_five_kills(tmp_path: Path) -> None:
 def test_kills_of_a_real_executor_leave_the_same_weights(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
     options = {"model_dir": str(model), "min_kills": 1}
-    _crash(tmp_path, num_kills=2, checkpoint_every=1, seed=2, num_epochs=8, **options)
+    _crash(tmp_path, num_kills=2, checkpoint_every=1, seed=2, num_epochs=40, **options)
 
 
 SOAK_ROWS = [f"{i}: " + "the quick brown fox " * (i % 4 + 1) for i in range(6)]

@@ -59,6 +59,6 @@ def test_a_loss_that_is_no_number_names_the_line(
 def test_a_validation_loss_that_is_no_number_names_its_line(poisoned_model: Path) -> None:
     config = FinetuneConfig(policy=FinetunePolicy.FINETUNE_ONLY)
     with LLM(poisoned_model, dtype="float32", num_threads=1, finetune_config=config) as llm:
-        job = llm.finetune(["good"], validation=["fine", "well", POISON], num_epochs=2)
+        job = llm.finetune(["good"], validation=["fine", "well", POISON], num_epochs=1)
         with pytest.raises(JobFailedError, match=r"is nan \(line 3 of the validation file\)"):
             job.wait()

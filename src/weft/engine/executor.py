@@ -63,3 +63,12 @@ class AdapterHost(Protocol):
     def has_adapter(self, ref: AdapterRef) -> bool:
         """Whether batches may name a version."""
         ...
+
+
+@runtime_checkable
+class CheckpointHost(Protocol):
+    """An executor that writes checkpoints while later batches run."""
+
+    def settle_job(self, job_id: str) -> None:
+        """Wait until nothing of a job is being written."""
+        ...

@@ -339,11 +339,18 @@ class JobFailure:
     """Whose loss it was; None where no single one is to blame."""
     is_of_step: bool = False
     """All samples of the step are to blame: its gradient."""
+    path: str | None = None
+    """The checkpoint that could not be written, be it of an earlier batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneOutcome:
-    """What a batch did for its jobs."""
+    """What a batch did for its jobs.
+
+    A checkpoint may be written while later batches run: the outcome of one of these tells of it. An
+    executor tells of it before it takes the job's next optimizer step, and waits for it where a
+    batch has a finetuning side and nothing else to do.
+    """
 
     losses: tuple[SegmentLoss, ...] = ()
     steps: tuple[StepOutcome, ...] = ()

@@ -125,11 +125,13 @@ class FinetunePart:
     """As `FinetuneWork.is_backward_first`; None while either order would do."""
     lives: dict[str, int] = field(default_factory=lambda: {})
     """Jobs that have anything in here, and which of their lives it was."""
+    awaits_saves: bool = False
+    """Nothing is in here but the question what became of checkpoints that are being written."""
 
     @property
     def is_empty(self) -> bool:
         """Whether there is neither a row nor a command."""
-        return not (self.lives or self.job_ends)
+        return not (self.lives or self.job_ends or self.awaits_saves)
 
     @property
     def num_forward_tokens(self) -> int:

@@ -36,8 +36,10 @@ class JobPhase(StrEnum):
     """Samples of a step, forward and backward."""
     VALIDATE = "validate"
     """Validation samples, forward only."""
-    FINISH = "finish"
-    """Nothing is left but to save and publish."""
+    SAVE = "save"
+    """Nothing is left but to save the finished adapter, then to publish it."""
+    PUBLISH = "publish"
+    """It is to be published once all that was to be saved is on disk."""
     ENDED = "ended"
     """Its last commands are under way."""
 
@@ -101,6 +103,8 @@ class Job:
         self.num_forward_tokens = 0
         self.waiting: deque[PlannedSample] = deque()
         self.active: list[ActiveSample] = []
+        self.saving: set[str] = set()
+        """Checkpoints that the executor was told to write and has not told of."""
         self.last_step_s = 0.0
         """When the latest step's result came, or the job started."""
         self._save_s = 0.0
@@ -123,6 +127,7 @@ class Job:
         self.num_steps_done = self._saved_step = self.step
         self.waiting.clear()
         self.active.clear()
+        self.saving.clear()
         self._losses.clear()
         self._step_of.clear()
         self._validation = LossSum()
@@ -148,7 +153,7 @@ class Job:
 
     def _begin_step(self) -> None:
         if self.step >= self.plan.num_steps:
-            self.phase = JobPhase.FINISH
+            self.phase = JobPhase.SAVE
             return
         self.phase = JobPhase.TRAIN
         self.waiting.extend(self.plan.step_samples(self.step))
@@ -173,21 +178,24 @@ class Job:
         if not sample.planned.is_validation:
             self._step_of[sample.planned.number] = sample.planned.step
 
-    def final_commands(self) -> tuple[SaveCheckpoint | None, PublishAdapter]:
-        """What ends a job that has done all its steps."""
-        self.phase = JobPhase.ENDED
+    def final_save(self) -> SaveCheckpoint | None:
+        """What keeps the adapter of a job that has done all its steps."""
+        self.phase = JobPhase.PUBLISH
         spec = self.spec
-        save = None
-        if spec.checkpoint_dir is not None:
-            save = SaveCheckpoint(
-                job_id=spec.id,
-                path=f"{spec.checkpoint_dir}/final",
-                num_steps=self.plan.num_steps,
-                is_final=True,
-            )
+        if spec.checkpoint_dir is None:
+            return None
+        path = f"{spec.checkpoint_dir}/final"
+        self.saving.add(path)
+        return SaveCheckpoint(
+            job_id=spec.id, path=path, num_steps=self.plan.num_steps, is_final=True
+        )
+
+    def publication(self) -> PublishAdapter:
+        """What ends a job whose adapter is kept."""
+        self.phase = JobPhase.ENDED
         # A life that broke down may have published already, unheard.
         version = FIRST_VERSION + self.life
-        return save, PublishAdapter(job_id=spec.id, id=spec.id, version=version)
+        return PublishAdapter(job_id=self.spec.id, id=self.spec.id, version=version)
 
     def due_checkpoint(self) -> str | None:
         """Where the state after the steps scheduled is to be saved now; None where it is not.
@@ -201,12 +209,17 @@ class Job:
             if self.step - self._saved_step < distance:
                 return None
         self._saved_step = self.step
+        if path is not None:
+            self.saving.add(path)
         return path
 
     # ---- what came back ----
 
     def take_save(self, saved: CheckpointSaved) -> None:
-        """A checkpoint is on disk; not the finished adapter."""
+        """A checkpoint, or the finished adapter, is on disk."""
+        self.saving.discard(saved.path)
+        if saved.path != self.plan.checkpoint_path(saved.num_steps):
+            return
         self.checkpoint = saved.path
         self._save_s = saved.elapsed_s
 

@@ -18,6 +18,7 @@ from weft.engine.backward_cursor import BackwardCursor
 from weft.engine.batch import ExecutorInfo
 from weft.engine.fair_share import FairShare
 from weft.engine.finetune import (
+    CheckpointSaved,
     FinetuneEvent,
     FinetuneJobSpec,
     FinetuneOutcome,
@@ -87,6 +88,8 @@ class FinetuneJobs:
         self._leaving: list[ActiveSample] = []
         """Their last rows are in the batch being decided, which still needs their page tables."""
         self._flights: dict[int, FinetunePart] = {}
+        self._holds_steps = False
+        """Whether a step that must wait for a checkpoint waits before it is in a batch."""
         self._events: list[FinetuneEvent] = []
         self.windows: WindowObserver | None = None
         """Records what jobs are granted, or decides it."""
@@ -158,11 +161,18 @@ class FinetuneJobs:
         """Whether another `fill` with room could yield anything."""
         if self._ending:
             return True
+        if self._is_saving:
+            return True
         jobs = [job for job in self._jobs.values() if not job.is_paused]
         if any(job.is_started and job.phase is not JobPhase.ENDED for job in jobs):
             return True
         head = self._next_to_start(())
         return head is not None and self._can_start(head)
+
+    @property
+    def _is_saving(self) -> bool:
+        """Whether the executor has yet to tell of a checkpoint."""
+        return any(job.saving for job in self._jobs.values())
 
     @property
     def held_slots(self) -> list[int]:
@@ -185,6 +195,8 @@ class FinetuneJobs:
 
         Call `emitted` once the batch is laid out.
         """
+        # Beside requests no iteration waits for a disk: the job does, here. Alone, the executor.
+        self._holds_steps = room.is_timed
         if self.windows is not None:
             room = self.windows.begin(room)
         part = FinetunePart()
@@ -198,6 +210,7 @@ class FinetuneJobs:
                 break
             if not self._advance(job, part, room):
                 stuck.add(job.spec.id)
+        part.awaits_saves = part.is_empty and self._is_saving
         if self.windows is not None:
             self.windows.end(None if part.is_empty else part)
         if part.is_empty:
@@ -246,9 +259,8 @@ class FinetuneJobs:
 
     def _advance(self, job: Job, part: FinetunePart, room: Room) -> bool:
         """Take the job's next piece of work into the part; False if none is possible now."""
-        if job.phase is JobPhase.FINISH:
-            self._finish(job, part)
-            return True
+        if job.phase in (JobPhase.SAVE, JobPhase.PUBLISH):
+            return self._finish(job, part)
         has_stepped = any(step.job_id == job.spec.id for step in part.steps)
         if has_stepped and (not room.is_timed or part.is_backward_first is False):
             return False  # Samples start before a batch's steps are taken.
@@ -268,7 +280,9 @@ class FinetuneJobs:
                     return True
         if job.waiting:
             return self._enter(job, part)
-        if job.active or job.phase is not JobPhase.TRAIN or not room.step():
+        if job.active or job.phase is not JobPhase.TRAIN:
+            return False
+        if (self._holds_steps and job.saving) or not room.step():
             return False
         self._step(job, part)
         return True
@@ -379,13 +393,19 @@ class FinetuneJobs:
         if path is not None:
             part.saves.append(SaveCheckpoint(job_id=name, path=path, num_steps=job.step))
 
-    def _finish(self, job: Job, part: FinetunePart) -> None:
-        save, publish = job.final_commands()
-        if save is not None:
+    def _finish(self, job: Job, part: FinetunePart) -> bool:
+        if job.spec.id in part.validated:
+            return False  # A loss that is no number would come too late.
+        if job.phase is JobPhase.SAVE and (save := job.final_save()) is not None:
             part.saves.append(save)
-        part.publishes.append(publish)
+            part.lives[job.spec.id] = job.life
+            return True
+        if job.saving:
+            return False  # What is published is on disk, so that it is there after a crash too.
+        part.publishes.append(job.publication())
         part.job_ends.append(job.spec.id)
         part.lives[job.spec.id] = job.life
+        return True
 
     def _leave(self, job: Job, sample: ActiveSample, part: FinetunePart) -> None:
         part.sample_ends.append((job.spec.id, sample.planned.number))
@@ -421,6 +441,10 @@ class FinetuneJobs:
             return
         outcome = outcome or FinetuneOutcome()
         now_s = self._clock.now_s()
+        here = {save.path for save in part.saves}
+        for saved in outcome.saves:
+            if saved.path not in here:  # Of an earlier batch: it comes before what this one did.
+                self._take_save(saved)
         for loss in outcome.losses:
             if job := self._current(loss.job_id, part):
                 job.take_loss(loss.sample, loss.loss_sum, loss.weight)
@@ -429,13 +453,12 @@ class FinetuneJobs:
                 metrics = job.take_step(step, now_s)
                 self._events.extend([metrics] if metrics else [])
         for failure in outcome.failures:
-            if job := self._current(failure.job_id, part):
+            job = self._current(failure.job_id, part) or self._saving(failure.job_id, failure.path)
+            if job is not None:
                 self._fail(job, failure)
         for saved in outcome.saves:
-            if job := self._current(saved.job_id, part):
-                if saved.path == job.plan.checkpoint_path(saved.num_steps):
-                    job.take_save(saved)  # Else it is the finished adapter.
-                self._events.append(saved)
+            if saved.path in here:
+                self._take_save(saved)
         for name in part.validated:
             if job := self._current(name, part):
                 metrics = job.take_validation()
@@ -448,6 +471,16 @@ class FinetuneJobs:
         """The job that a result is about, if it is still the one that the batch was made for."""
         job = self._jobs.get(name)
         return job if job is not None and part.lives.get(name) == job.life else None
+
+    def _saving(self, name: str, path: str | None) -> Job | None:
+        """The job that has a checkpoint under way; one that began anew since has not."""
+        job = self._jobs.get(name)
+        return job if job is not None and path in job.saving else None
+
+    def _take_save(self, saved: CheckpointSaved) -> None:
+        if job := self._saving(saved.job_id, saved.path):
+            job.take_save(saved)
+            self._events.append(saved)
 
     def abandon(self) -> None:
         """Forget the batches in flight: every job that was in one starts at its last checkpoint.

@@ -11,40 +11,54 @@ whatever has its final name is whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weft.base.durable import write_directory
 from weft.base.errors import AdapterLoadError
+from weft.engine.finetune import SaveCheckpoint
 from weft.model.adapters.files import read_adapter, write_adapter
 from weft.model.adapters.weights import AdapterWeights
 from weft.model.config import ModelConfig
 from weft.runtime.finetune_state import JobState
+from weft.runtime.transfer import Download
 
 _STATE = "state.safetensors"
 _HEADER = "weft"
+_MASTER = "master"
+"""No optimizer's tensor has this name."""
 _FORMAT = "weft-finetune-checkpoint-2"
 
 
-def save_checkpoint(job: JobState, path: Path, num_steps: int) -> None:
-    """Write weights, optimizer state and `num_steps` to `path`, replacing what is there.
+def checkpoint_of(job: JobState, save: SaveCheckpoint) -> Callable[[], None]:
+    """What writes a job's weights, and its optimizer state and steps unless the save is final.
 
-    Raises:
+    It replaces what is there. On the CPU it reads the job's own tensors: they must not change until
+    it has run. From another device their copies to the host are enqueued here.
+
+    It raises:
         OSError: the disk is full, or the place cannot be written.
+        SafetensorError: the same, as safetensors says it.
     """
+    state = {} if save.is_final else dict(job.optimizer.state)
+    header = json.dumps({"format": _FORMAT, "num_steps": save.num_steps, **_identity(job)})
+    download = Download({_MASTER: job.trained.master, **state})
 
     def write(directory: Path) -> None:
-        write_adapter(directory, job.start.adapter, job.adapter_of(job.trained.master))
-        header = json.dumps({"format": _FORMAT, "num_steps": num_steps, **_identity(job)})
-        state = {key: value.cpu().contiguous() for key, value in job.optimizer.state.items()}
-        save_file(state, directory / _STATE, metadata={_HEADER: header})
+        arrays = download.wait()
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        master = tensors.pop(_MASTER)
+        write_adapter(directory, job.start.adapter, job.adapter_of(master))
+        if not save.is_final:
+            save_file(tensors, directory / _STATE, metadata={_HEADER: header})
 
-    write_directory(path, write)
+    return lambda: write_directory(Path(save.path), write)
 
 
 def load_checkpoint(job: JobState, path: Path, config: ModelConfig) -> int:

@@ -5,17 +5,14 @@ Shape legend: T tokens of the iteration, h hidden, w labelled tokens.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from weft.base.durable import write_directory
 from weft.base.errors import IntegrityError, WeftError
 from weft.engine.batch import AdapterRef, Batch, SegmentKind
 from weft.engine.finetune import (
@@ -28,11 +25,10 @@ from weft.engine.finetune import (
     OptimizerStep,
     PublishAdapter,
     SampleStart,
-    SaveCheckpoint,
     SegmentLoss,
     StepOutcome,
 )
-from weft.model.adapters.files import read_adapter, write_adapter
+from weft.model.adapters.files import read_adapter
 from weft.model.adapters.weights import AdapterWeights
 from weft.model.finetune.attention import gather_kv
 from weft.model.finetune.layer_backward import layer_backward
@@ -42,8 +38,9 @@ from weft.model.finetune.optimizer import clip_
 from weft.model.finetune.taps import SampleTaps, TappedRow
 from weft.model.forward_step import BypassGroup
 from weft.model.kernels.held_tokens import HeldTokens, TokenGather
+from weft.runtime.checkpoint_writer import CheckpointWriter, Written
 from weft.runtime.device_context import DeviceContext
-from weft.runtime.finetune_checkpoint import load_checkpoint, load_weights, save_checkpoint
+from weft.runtime.finetune_checkpoint import checkpoint_of, load_checkpoint, load_weights
 from weft.runtime.finetune_state import JobState, SampleState
 from weft.runtime.transfer import Download, upload
 
@@ -90,6 +87,9 @@ class FinetuneJobs:
         self._samples: dict[tuple[str, int], SampleState] = {}
         self._forward_rows: list[_ForwardRow] = []
         self._outcome = PendingOutcome()
+        self._writer = CheckpointWriter()
+        self._settled: list[Written] = []
+        """On disk, or failed, and not told of."""
 
     @property
     def size_bytes(self) -> int:
@@ -233,20 +233,51 @@ class FinetuneJobs:
 
     # ---- behind the rows ----
 
-    def end(self, work: FinetuneWork) -> PendingOutcome:
-        """Sample ends, checkpoints, publications and job ends, in this order."""
+    def end(self, work: FinetuneWork, *, has_inference: bool = False) -> PendingOutcome:
+        """Sample ends, checkpoints, publications and job ends, in this order.
+
+        Checkpoints are written while later batches run, whose outcomes tell of them; a batch that
+        holds nothing that anybody waits for tells of its own.
+        """
         for key in work.sample_ends:
             self._samples.pop(key, None)
         for save in work.saves:
-            self._save(save)
+            if (job := self._jobs.get(save.job_id)) is not None:
+                self._writer.submit(save, checkpoint_of(job, save))
         for publish in work.publishes:
             self._publish_adapter(publish)
         for job_id in work.job_ends:
+            self.settle(job_id)  # Of a job that ends nobody will hear any more.
+            self._settled = [done for done in self._settled if done.save.job_id != job_id]
             self._forget(job_id)
+        is_idle = not (work.segments or work.steps or has_inference)
+        self._take_written(self._writer.wait() if is_idle else self._writer.take_done())
         self._forward_rows = []
         return self._outcome
 
+    def settle(self, job_id: str) -> None:
+        """Wait until nothing of a job is being written; later outcomes tell of it."""
+        self._settled += self._writer.wait(job_id)
+
+    def close(self) -> None:
+        """Let checkpoints that are being written reach the disk; idempotent."""
+        self._writer.close()
+
+    def _take_written(self, found: list[Written]) -> None:
+        """Tell of checkpoints that are on disk; a job whose checkpoint is not has failed."""
+        found, self._settled = self._settled + found, []
+        for written in found:
+            save = written.save
+            if written.problem:
+                message = f"checkpoint {save.path} cannot be written: {written.problem}"
+                if save.job_id in self._jobs:
+                    self._fail(save.job_id, message, save.num_steps, path=save.path)
+                continue
+            self._outcome.saves.append(written.told)
+
     def _step(self, step: OptimizerStep) -> None:
+        # What is being written is what this step changes.
+        self._take_written(self._writer.wait(step.job_id))
         job = self._jobs.get(step.job_id)
         if job is None:
             return
@@ -262,33 +293,6 @@ class FinetuneJobs:
         job.num_steps = step.step + 1
         self._outcome.steps.append(StepOutcome(job_id=step.job_id, step=step.step, grad_norm=norm))
 
-    def _save(self, save: SaveCheckpoint) -> None:
-        job = self._jobs.get(save.job_id)
-        if job is None:
-            return
-        start_s = time.perf_counter()
-        path = Path(save.path)
-        try:
-            if save.is_final:
-                adapter = job.adapter_of(job.trained.master)
-                spec = job.start.adapter
-                write_directory(path, lambda partial: write_adapter(partial, spec, adapter))
-            else:
-                save_checkpoint(job, path, save.num_steps)
-        except (OSError, RuntimeError, SafetensorError, WeftError) as error:
-            # A SafetensorError is how safetensors says that the disk is full.
-            message = f"checkpoint {path} cannot be written: {error}"
-            self._fail(save.job_id, message, save.num_steps)
-            return
-        self._outcome.saves.append(
-            CheckpointSaved(
-                job_id=save.job_id,
-                path=save.path,
-                num_steps=save.num_steps,
-                elapsed_s=time.perf_counter() - start_s,
-            )
-        )
-
     def _publish_adapter(self, publish: PublishAdapter) -> None:
         job = self._jobs.get(publish.job_id)
         if job is None or self._publish is None:
@@ -301,10 +305,18 @@ class FinetuneJobs:
             message = f"the finished adapter cannot be served: {error}"
             self._fail(publish.job_id, message, job.num_steps)
 
-    def _fail(self, job_id: str, message: str, step: int, *, is_of_step: bool = False) -> None:
+    def _fail(
+        self,
+        job_id: str,
+        message: str,
+        step: int,
+        *,
+        is_of_step: bool = False,
+        path: str | None = None,
+    ) -> None:
         """Report a job, free what it holds, and ignore it from here on."""
         self._outcome.failures.append(
-            JobFailure(job_id=job_id, message=message, step=step, is_of_step=is_of_step)
+            JobFailure(job_id=job_id, message=message, step=step, is_of_step=is_of_step, path=path)
         )
         self._forget(job_id)
 
@@ -319,6 +331,7 @@ class FinetuneJobs:
         """What a batch did; a job whose loss is not finite fails here."""
         sums = [] if pending.loss_sums is None else pending.loss_sums.wait()["sums"].tolist()
         losses: list[SegmentLoss] = []
+        saves = list(pending.saves)
         failures = {failure.job_id: failure for failure in pending.failures}
         for segment, loss_sum, weight in zip(pending.loss_rows, sums, pending.weights, strict=True):
             job_id = segment.job_id
@@ -342,11 +355,16 @@ class FinetuneJobs:
                 step=step,
                 sample=segment.sample,
             )
+            # Its last good checkpoint is kept, so it is to be heard of.
+            self.settle(job_id)
+            own = [done for done in self._settled if done.save.job_id == job_id]
+            self._settled = [done for done in self._settled if done not in own]
+            saves += [done.told for done in own if not done.problem]
             self._forget(job_id)
         return FinetuneOutcome(
             losses=tuple(losses),
             steps=tuple(pending.steps),
-            saves=tuple(pending.saves),
+            saves=tuple(saves),
             failures=tuple(failures.values()),
         )
 

@@ -133,7 +133,7 @@ class TorchExecutor:
         if work is not None:
             if not work.is_backward_first:
                 self._jobs.backward(batch)
-            finetune = self._jobs.end(work)
+            finetune = self._jobs.end(work, has_inference=batch.num_tokens > 0)
         self._pending.append(
             _Pending(
                 batch_id=batch.batch_id,
@@ -175,11 +175,16 @@ class TorchExecutor:
         """Whether batches may name a version."""
         return ref in self._adapters.refs
 
+    def settle_job(self, job_id: str) -> None:
+        """Wait until nothing of a job is being written."""
+        self._jobs.settle(job_id)
+
     def abandon(self) -> None:
         self._pending.clear()
 
     def close(self) -> None:
         self._pending.clear()
+        self._jobs.close()
         self._replay = self._bypass_replays = None
         self._is_closed = True
 

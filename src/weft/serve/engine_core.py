@@ -19,7 +19,7 @@ from weft.cost.step_time import StepTimeModel
 from weft.engine.batch import AdapterRef
 from weft.engine.config import PolicyConfig
 from weft.engine.coserve import CoServing
-from weft.engine.executor import AdapterHost, BatchExecutor
+from weft.engine.executor import AdapterHost, BatchExecutor, CheckpointHost
 from weft.engine.finetune import FinetuneEvent, FinetuneJobSpec
 from weft.engine.finetune_limits import FinetuneMemory, LatencySlo
 from weft.engine.job import FIRST_VERSION
@@ -62,6 +62,7 @@ class EngineCore:
         built = _find_builder(config.builder)(config)
         self._executor: BatchExecutor = built.executor
         self._host = built.executor if isinstance(built.executor, AdapterHost) else None
+        self._writer = built.executor if isinstance(built.executor, CheckpointHost) else None
         self._memory = built.finetune_memory
         self._retired: set[AdapterRef] = set()
         """Versions to be unloaded once the last request that names them has ended."""
@@ -158,6 +159,9 @@ class EngineCore:
         """
         match action:
             case JobAction.CANCEL:
+                if self._writer is not None:
+                    # Once it has ended its files are cleared away: none must come after that.
+                    self._writer.settle_job(job_id)
                 is_here = self._policy.cancel_job(job_id)
             case JobAction.PAUSE:
                 is_here = self._policy.pause_job(job_id)
