@@ -9,7 +9,8 @@ which inference alone keeps both objectives for 99 % of the requests, and the lo
 the executor, with 1,000 requests whatever the cells have (`--capacity-search real` does it in real
 time). Every (load, policy) is a cell; a command may run any of them, and keeps
 capacity, profile and finetune-only speed in `--state` for the next; real cells are written one by
-one, and `--resume` goes on behind them. `--merge` puts the files of several commands together.
+one, and `--resume` goes on behind them; `--cell-time-s` takes the first requests only where all of
+them would take longer. `--merge` puts the files of several commands together.
 
     python benchmarks/coserve.py --cells sheet --json sheet.json
     python benchmarks/coserve.py --cells simulated --trace AzureLLMInferenceTrace_conv.csv \
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -206,13 +208,15 @@ def real_cells(options: argparse.Namespace, save: Callable[[list[Cell]], object]
     earlier = earlier_cells(options)
     cells: list[Cell] = []
     for load in options.loads:
-        at_load = workload.with_rate(rate * LOADS[load])
-        print(f"{load} ({at_load.rate_per_s:.3g} requests/s)", flush=True)
+        at_load = cell_workload(options, workload, rate * LOADS[load])
+        wanted = objectives(profile, at_load)
+        what = f"{load} ({at_load.rate_per_s:.3g} requests/s, {len(at_load)} requests)"
+        print(what, flush=True)
         cell = cell_of(name, load, at_load, wanted, rate, alone, options.dtype, simulated=False)
         cell["capacity_search"] = how
         cells.append(cell)
         for policy in options.policies:
-            found = run_before(earlier, cell, policy, len(workload))
+            found = run_before(earlier, cell, policy, len(at_load))
             if found is not None:
                 print(f"  {line(found)} (run before)", flush=True)
             elif server is None:
@@ -223,6 +227,13 @@ def real_cells(options: argparse.Namespace, save: Callable[[list[Cell]], object]
             cell["outcomes"] += as_data([found])
             save(cells)
     return cells
+
+
+def cell_workload(options: argparse.Namespace, workload: Workload, rate_per_s: float) -> Workload:
+    """A cell's requests: all, or the first of them, as many as `--cell-time-s` has time for."""
+    if options.cell_time_s is not None:
+        workload = workload.first(max(2, round(options.cell_time_s * rate_per_s)))
+    return workload.with_rate(rate_per_s)
 
 
 def capacity_search(options: argparse.Namespace) -> str:
@@ -274,9 +285,9 @@ def run_before(
     earlier: Sequence[Cell], cell: Cell, policy: str, num_requests: int
 ) -> Outcome | None:
     """The same policy's outcome on the same server, load, rate and requests, if it is there."""
-    same = ("server", "load", "rate_per_s", "simulated")
     for old in earlier:
-        if all(old[key] == cell[key] for key in same):
+        is_same = all(old[key] == cell[key] for key in ("server", "load", "simulated"))
+        if is_same and math.isclose(old["rate_per_s"], cell["rate_per_s"], rel_tol=1e-6):
             for data in old["outcomes"]:
                 if data["policy"] == policy and data["num_requests"] == num_requests:
                     return Outcome(**data)
@@ -337,7 +348,7 @@ def merged(paths: Sequence[Path]) -> tuple[list[Row], list[Cell]]:
             rows += [Row(**row) for row in data["rows"]]
         for cell in data["cells"]:
             known = cells.setdefault((cell["server"], cell["load"]), {**cell, "outcomes": []})
-            if known["rate_per_s"] != cell["rate_per_s"]:
+            if not math.isclose(known["rate_per_s"], cell["rate_per_s"], rel_tol=1e-6):
                 raise SystemExit(
                     f"{path}: {cell['server']} {cell['load']} is at {cell['rate_per_s']:.4g} "
                     f"requests/s, in an earlier file at {known['rate_per_s']:.4g}: cells of one "
@@ -410,6 +421,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--merge", nargs="+", type=Path, help="files of earlier commands")
     parser.add_argument("--trace", nargs="+", type=Path, help="Azure or BurstGPT CSV, or Mooncake")
     parser.add_argument("--num-requests", type=int, default=1000)
+    parser.add_argument("--cell-time-s", type=float, help="fewer requests where they take longer")
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
     parser.add_argument(
         "--policies",
