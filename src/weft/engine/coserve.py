@@ -122,6 +122,8 @@ class CoServing(ContinuousBatching):
         self._last_apply_s = math.nan
         self._overhead_s = 0.0
         self._share_debt_s = 0.0
+        self._saves_from_s = -math.inf
+        """What the running requests left to the latest iteration, if finetuning left it be."""
         self._head_room = HeadRoom()
         self._num_forward_tokens = 0
         self._num_backward_token_layers = 0
@@ -180,16 +182,17 @@ class CoServing(ContinuousBatching):
                 return batch
         start_s = max([now_s, *(o.scheduled_s + o.predicted_s for o in self._outlooks)])
         decodes = [s for s in self._running if s.num_remaining == 1]
-        limit_s = self._pacer.decode_s(decodes, start_s) if decodes else math.inf
-        most = self._most_tokens(decodes, limit_s - self._overhead_s, start_s)
+        pace = self._pacer.pace(decodes, start_s)
+        most = self._most_tokens(decodes, pace.prompt_s - self._overhead_s, start_s)
         spans, num_decodes = self._take_inference(most)
         part, outlook = None, None
         if self._jobs_have_work and self.finetune.policy in (
             FinetunePolicy.COSERVE,
             FinetunePolicy.BUDGET,
         ):
-            room, outlook = self._room(spans, num_decodes, limit_s, now_s, start_s)
+            room, outlook = self._room(spans, num_decodes, pace.finetune_s, now_s, start_s)
             part = self._jobs.fill(room, self._num_batches)
+            self._saves_from_s = pace.finetune_s if part is None and num_decodes else -math.inf
             if part is None and not (self._by_request or self._in_flight):
                 # The least piece is too long for an iteration, and nobody is here to wait for it.
                 least = LeastRoom(granule=self.finetune.granule_tokens)
@@ -322,11 +325,16 @@ class CoServing(ContinuousBatching):
             budget_s=budget_s,
         )
         allowed_s = budget_s
+        full_s = 0.0
+        # Left alone, head-room grows, until a piece is taken or somebody new stops it.
+        if num_decodes and limit_s > self._saves_from_s:
+            full_s = min(finetune.max_iteration_s, self._pacer.most_s)
         if finetune.min_share > 0 and self._share_debt_s > 0:
             upper_s = self.step_time.upper_s(shape)
             due_s = upper_s + self._share_debt_s * (1.0 + self.step_time.residual)
             outlook.is_share_due = due_s > budget_s
-            allowed_s = max(budget_s, due_s)
+            if outlook.is_share_due:
+                allowed_s, full_s = due_s, 0.0
         room = TimedRoom(
             shape,
             self._terms,
@@ -334,6 +342,7 @@ class CoServing(ContinuousBatching):
             budget_s=allowed_s,
             granule=finetune.granule_tokens,
             max_window=finetune.max_window_tokens,
+            full_s=full_s,
         )
         return room, outlook
 

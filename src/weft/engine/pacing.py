@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from weft.cost.online_step_time import OnlineStepTime
@@ -22,8 +22,10 @@ _HORIZON = 32
 """Tokens within which a request that fell behind must have caught up."""
 _SPENT_AT_ONCE = 0.5
 """Share of what requests saved that one iteration may take."""
-_MOST_SPENT = 2.0
+_MOST_SPENT = 3.0
 """Objectives that an iteration lasts at most, whatever was saved: answers should flow."""
+_RESERVE = 10.0
+"""Objectives by which finetuning keeps requests ahead, so that a burst of prompts finds time."""
 _MOST_MARGIN = 0.2
 """Share kept free above the prediction of a prompt's chunk, at most."""
 _MOST_WAITING = 64
@@ -73,6 +75,16 @@ class Pending:
     count: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """Seconds that running requests leave to an iteration; infinite where none runs."""
+
+    prompt_s: float
+    """With a prompt's chunk, which must be computed some time."""
+    finetune_s: float
+    """With finetuning: never more."""
+
+
 class Pacer:
     """Turns requests' clocks into seconds of an iteration."""
 
@@ -81,34 +93,48 @@ class Pacer:
         self._step_time = step_time
         self._terms = terms
 
-    def decode_s(self, sequences: Iterable[EngineSequence], start_s: float) -> float:
-        """Seconds that an iteration with these decodes may take, if it starts at `start_s`.
+    @property
+    def most_s(self) -> float:
+        """Seconds of an iteration with decodes at most, whatever was saved."""
+        return _MOST_SPENT * self.slo.tpot_s
+
+    def pace(self, sequences: Sequence[EngineSequence], start_s: float) -> Pace:
+        """What an iteration with these decodes may take, if it starts at `start_s`.
 
         The objective is a mean over a request, so that what all of them saved in earlier iterations
-        may be spent: half of it at a time, since predictions err and a request may end. Their
-        tokens that are in flight count as delivered by then. A request that cannot make its
-        objective any more, whatever is done, asks for no more than the objective itself.
+        may be spent: half of it at a time, since predictions err and a request may end; finetuning
+        leaves a reserve. Their tokens that are in flight count as delivered by then. A request that
+        cannot make its objective any more, whatever is done, asks for no more than the objective
+        itself.
         """
         tpot_s = self.slo.tpot_s
-        limit = _MOST_SPENT * tpot_s
+        reserve_s = _RESERVE * tpot_s
+        prompt_s = finetune_s = self.most_s if sequences else math.inf
+        latest_s = -math.inf  # Of those that are in time: the one with least to spend.
         least_s = None
         for sequence in sequences:
             if math.isnan(sequence.first_token_s):
-                limit = min(limit, tpot_s)
+                latest_s = max(latest_s, 0.0)
                 continue  # Its first token is in flight: it begins with a clean slate.
             gaps = sequence.num_output + sequence.num_pending - 1
             behind_s = start_s - sequence.first_token_s - tpot_s * gaps
             if behind_s <= 0:
-                limit = min(limit, tpot_s - _SPENT_AT_ONCE * behind_s)
+                latest_s = max(latest_s, behind_s)
                 continue
             left = max(1, sequence.max_len - len(sequence.tokens) - sequence.num_pending)
             if least_s is None:
                 least_s = self._least_decode_s()
-            if behind_s > left * (tpot_s - least_s):
-                limit = min(limit, tpot_s)
-                continue
-            limit = min(limit, tpot_s - behind_s / min(left, _HORIZON))
-        return limit
+            own_s = tpot_s
+            if behind_s <= left * (tpot_s - least_s):
+                own_s -= behind_s / min(left, _HORIZON)
+            prompt_s = min(prompt_s, own_s)
+            finetune_s = min(finetune_s, own_s)
+        if latest_s > -math.inf:
+            prompt_s = min(prompt_s, tpot_s - _SPENT_AT_ONCE * latest_s)
+            lacking_s = latest_s + reserve_s
+            share = _SPENT_AT_ONCE if lacking_s <= 0 else 1 / _HORIZON
+            finetune_s = min(finetune_s, tpot_s - share * lacking_s)
+        return Pace(prompt_s=prompt_s, finetune_s=finetune_s)
 
     def first_tokens_s(self, pending: Sequence[Pending], start_s: float) -> float:
         """Seconds that this iteration may take before the first of these prompts is too late.

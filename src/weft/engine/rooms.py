@@ -15,6 +15,8 @@ _CHEAP = 0.3
 _FULL = 1024
 """Tokens with which an iteration is bound by arithmetic."""
 _MOST_GUESSES = 6
+_WORTH = 1.05
+"""A piece costs at most so much more than one that had the room of a whole iteration."""
 _Backward = tuple[tuple[BackwardSpan, ...], BackwardCursor]
 
 
@@ -177,7 +179,11 @@ class StepRoom(_Untimed):
 
 
 class TimedRoom:
-    """As much as a prediction says will end in time.
+    """As much as a prediction says will end in time, and is worth its price.
+
+    Every row costs something before its first token, so that a large piece is cheaper by the token.
+    Where head-room that is left now comes back as a larger one (`full_s` above `budget_s`), a piece
+    is granted only if waiting would hardly make it cheaper.
 
     `shape` is the iteration as decided so far; it grows with what is granted.
     """
@@ -191,9 +197,12 @@ class TimedRoom:
         budget_s: float,
         granule: int,
         max_window: int,
+        full_s: float = 0.0,
     ) -> None:
+        """`full_s`: the budget that an iteration gets later if this one leaves its own."""
         self.shape = shape
         self.budget_s = budget_s
+        self._spare_s = max(full_s, budget_s) - predict(shape)
         self._terms = terms
         self._predict = predict
         self._granule = granule
@@ -221,8 +230,27 @@ class TimedRoom:
         if only_cheap:
             most = self._num_cheap(most, shape_of)
         count, shape = self._largest(most, shape_of)
+        if not (only_cheap or self._is_worth(count, shape, lambda n: shape_of(min(n, most)))):
+            return 0
         self.shape = shape
         return count
+
+    def _is_worth(
+        self, count: int, shape: IterationShape, shape_of: Callable[[int], IterationShape]
+    ) -> bool:
+        """Whether `count` is about as cheap, by the token, as what would fill all room to spare."""
+        left_s = self.budget_s - self._predict(self.shape)
+        if left_s <= 0 or self._spare_s <= left_s:
+            return True
+        fuller = shape_of(int(count * self._spare_s / left_s))
+        return self._price_s(shape) <= _WORTH * self._price_s(fuller)
+
+    def _price_s(self, shape: IterationShape) -> float:
+        """Seconds of what `shape` has more than the iteration so far, by token or token-layer."""
+        now = self.shape
+        count = shape.num_ft_tokens - now.num_ft_tokens
+        count += shape.num_ft_token_layers - now.num_ft_token_layers
+        return (self._predict(shape) - self._predict(now)) / max(1, count)
 
     def _num_cheap(self, most: int, shape_of: Callable[[int], IterationShape]) -> int:
         """Tokens that cost less than a share of what tokens cost where they fill an iteration.
@@ -259,7 +287,14 @@ class TimedRoom:
             )
 
         count, shape = self._largest(cursor.num_left, shape_of)
-        if not count:
+        spans = cursor.take(count, granule=self._granule)[0]
+        if len(spans) > 1:
+            # A short last row is left to another iteration, which may take more of it.
+            fewer = sum(span.num_token_layers for span in spans[:-1])
+            without = shape_of(fewer)
+            if self._price_s(without) < self._price_s(shape):
+                count, shape = fewer, without
+        if not spans or not self._is_worth(count, shape, shape_of):
             return (), cursor
         self.shape = shape
         return cursor.take(count, granule=self._granule)
