@@ -7,10 +7,10 @@ roofline of `--device`; `real` runs them in real time on the 110 M or the embedd
 which inference alone keeps both objectives for 99 % of the requests, and the loads are 30, 60 and
 90 % of it. Of real cells it is searched under the virtual clock on the profile that was measured on
 the executor, with 1,000 requests whatever the cells have (`--capacity-search real` does it in real
-time). Every (load, policy) is a cell; a command may run any of them, and keeps
-capacity, profile and finetune-only speed in `--state` for the next; real cells are written one by
-one, and `--resume` goes on behind them; `--cell-time-s` takes the first requests only where all of
-them would take longer. `--merge` puts the files of several commands together.
+time). Every (load, policy) is a cell; a command may run any of them, and keeps capacity, profile
+and finetune-only speed in `--state` for the next. Real cells are written one by one, and `--resume`
+goes on behind them; `--cell-time-s` takes the first requests only where all would take longer.
+`--merge` puts the files of several commands together.
 
     python benchmarks/coserve.py --cells sheet --json sheet.json
     python benchmarks/coserve.py --cells simulated --trace AzureLLMInferenceTrace_conv.csv \

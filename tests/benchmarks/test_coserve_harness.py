@@ -13,10 +13,18 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from coserve import capacity_search, earlier_cells, merged, run_before  # noqa: E402
+from coserve import (  # noqa: E402
+    capacity_search,
+    cell_workload,
+    earlier_cells,
+    merged,
+    run_before,
+)
 from coserve_bench.cells import COSERVE, INFERENCE, Outcome, as_data, cell_rows  # noqa: E402
 from coserve_bench.state import ServerState  # noqa: E402
 from rows import single  # noqa: E402
+
+from weft.sim.workload import synthetic  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))  # Other tests have a `plan` of their own.
 
@@ -92,6 +100,17 @@ def test_ways_to_find_a_capacity_are_told_apart() -> None:
         how(capacity_requests=200),
     }
     assert len(ways) == 4
+
+
+def test_a_cell_takes_the_first_requests_that_there_is_time_for() -> None:
+    whole = synthetic(100, 1.0, num_prompt_tokens=8, num_output_tokens=4)
+
+    def count(cell_time_s: float | None) -> int:
+        workload = cell_workload(argparse.Namespace(cell_time_s=cell_time_s), whole, 2.0)
+        assert workload.rate_per_s == pytest.approx(2.0)
+        return len(workload)
+
+    assert (count(None), count(10.0), count(1000.0)) == (100, 20, 100)
 
 
 def test_an_interrupted_command_goes_on_behind_what_it_wrote(tmp_path: Path) -> None:
