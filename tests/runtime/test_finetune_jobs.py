@@ -190,7 +190,8 @@ def test_the_next_steps_forward_in_the_iteration_of_a_step_changes_nothing(tmp_p
     assert all(torch.equal(apart[name], joined[name]) for name in apart)
 
 
-def test_decodes_beside_a_backward_pass_run_as_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_decodes_beside_a_backward_pass_run_as_recorded(has_adapter: bool, tmp_path: Path) -> None:
     (sample,) = samples_of(0, 1)
     whole = Span(sample=sample, begin=0, end=sample.num_tokens)
     found: list[list[int]] = []
@@ -200,15 +201,22 @@ def test_decodes_beside_a_backward_pass_run_as_recorded(tmp_path: Path) -> None:
         num_layers = hand.context.config.num_layers
         backward = replace(whole, layers=(0, num_layers))
         hand.start(SPEC, samples=[sample])
+        served = AdapterRef(id="served", version=1)
+        drawn = random_weights(SPEC, hand.context, seed=1)
+        path = write_weights(SPEC, hand.context, drawn, tmp_path / f"served-{apart}")
+        hand.executor.load_adapter(served, str(path))
         prompt = Row(slot=0, tokens=[5, 6, 7])
         hand.run(rows=[prompt], forward=[whole], starts=[start(0, prompt.tokens)])
-        decode = Row(slot=0, tokens=[8], begin=3, is_decode=True)
+        rows: Any = [Row(slot=0, tokens=[8], begin=3, is_decode=True)]
         before = hand.executor.num_replayed
+        batch = hand.batch(rows=rows) if apart else hand.batch(rows=rows, backward=[backward])
+        if has_adapter:
+            batch.adapters[0] = 0
+            batch = replace(batch, adapter_refs=(served,))
+        hand.executor.submit(batch)
+        result = hand.executor.collect()
         if apart:
-            result = hand.run(rows=[decode])
             hand.run(backward=[backward])
-        else:
-            result = hand.run(rows=[decode], backward=[backward])
         assert hand.executor.num_replayed == before + 1
         found.append(result.tokens.tolist())
         hand.step()

@@ -57,12 +57,14 @@ class BypassReplays:
     def run(self, batch: Batch, bypass: BypassStep, last_token: Tensor) -> Tensor | None:
         """Logits [n, V] of a batch, overwritten by the next run; None where it is not covered."""
         rows = bypass.rows
-        if rows is None or bypass.groups or not holds_only_decodes(batch, self._max_rows):
+        if rows is None or bypass.groups:
+            return None
+        if not holds_only_decodes(batch, self._max_rows, takes_backward=True):
             return None
         replay = self._find(rows)
         if replay is None:
             return None
-        self._slots[: batch.num_rows] = rows.slots
+        self._slots[: batch.num_tokens] = rows.slots
         return replay.run(batch, last_token)
 
     def _find(self, rows: GroupedRows) -> ListReplay | None:
