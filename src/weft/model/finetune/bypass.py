@@ -44,9 +44,10 @@ def add_product(grad: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -
         grad.add_(cpu_linear.sum_over_rows(right, left).t(), alpha=scale)
 
 
-def lora_inner(bypass: TrainedBypass, x: Tensor) -> Tensor:
-    """What a LoRA's B is applied to, x Aᵀ: [s, r]."""
-    return cpu_linear.linear(x, bypass.weights["A"])
+def lora_inner(bypass: TrainedBypass, x: Tensor, dropout_scale: Tensor | None) -> Tensor:
+    """What a LoRA's B is applied to, x Aᵀ: [s, r]; the scale [s, K] is of x."""
+    source = x if dropout_scale is None else x * dropout_scale
+    return cpu_linear.linear(source, bypass.weights["A"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +57,8 @@ class LoraWindow:
     bypass: TrainedBypass
     dy: Tensor
     """[s, N], the gradient of the linear's output."""
-    low_rank: Tensor
-    """[s, r], what B was applied to."""
+    low_rank: Tensor | None
+    """[s, r], what B was applied to; None: to be computed again."""
     dropout_scale: Tensor | None
     """[s, K], what the LoRA's input was multiplied with."""
 
@@ -93,7 +94,10 @@ def _lora_backward(lora: LoraWindow, x: Tensor, dx: Tensor | None) -> None:
     bypass, dy, dropout_scale = lora.bypass, lora.dy, lora.dropout_scale
     scale = bypass.target.scale
     a, b = bypass.weights["A"], bypass.weights["B"]
-    add_product(bypass.grads["B"], dy, lora.low_rank, scale)
+    low_rank = lora.low_rank
+    if low_rank is None:
+        low_rank = lora_inner(bypass, x, dropout_scale)
+    add_product(bypass.grads["B"], dy, low_rank, scale)
     d_low_rank = cpu_linear.linear(dy, b.t().contiguous()).mul_(scale)
     if dropout_scale is None:
         add_product(bypass.grads["A"], d_low_rank, x)

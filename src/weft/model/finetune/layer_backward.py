@@ -182,7 +182,7 @@ class _LayerBackward:
             LoraWindow(
                 bypass=bypass,
                 dy=part,
-                low_rank=self._tensors[f"low_rank:{module}"],
+                low_rank=self._tensors.found(f"low_rank:{module}"),
                 dropout_scale=self._tensors.dropout_scale(module),
             )
             for module, part in zip(modules, parts, strict=True)

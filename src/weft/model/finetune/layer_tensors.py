@@ -97,15 +97,24 @@ class LayerTensors:
         self._allowed = frozenset(plan.needs.recomputed)
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self._found.get(name)
+        found = self.found(name)
         if found is None:
-            if name not in self._allowed:
-                raise IntegrityError(
-                    f"backward of layer {self._plan.index} reads {name}, which is neither kept "
-                    f"({', '.join(self._plan.needs.saved)}) nor to be computed again"
-                )
             self._compute(name)
             found = self._found[name]
+        return found
+
+    def found(self, name: str) -> Tensor | None:
+        """What is at hand of a name; None where it is to be computed again.
+
+        Raises:
+            IntegrityError: it is neither.
+        """
+        found = self._found.get(name)
+        if found is None and name not in self._allowed:
+            raise IntegrityError(
+                f"backward of layer {self._plan.index} reads {name}, which is neither kept "
+                f"({', '.join(self._plan.needs.saved)}) nor to be computed again"
+            )
         return found
 
     def drop(self, *names: str) -> None:
@@ -192,7 +201,7 @@ class LayerTensors:
             case "low_rank" if bypass.is_lora:
                 x = self[LINEAR_INPUT[module]]
                 scale = self.dropout_scale(module)
-                self._found[name] = lora_inner(bypass, x if scale is None else x * scale)
+                self._found[name] = lora_inner(bypass, x, scale)
             case "low_rank":
                 self._found[name] = bottleneck_inner(bypass, self[f"raw:{module}"])
             case "active":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.model.kernels import cpu_linear
 from weft.model.kernels.cpu_ir import Storage
 from weft.model.kernels.cpu_linear import storage_of
 from weft.model.kernels.cpu_lora_window_ir import (
@@ -47,8 +48,8 @@ class LoraGrads:
     scale: float
     dy: Tensor
     """[s, N], the gradient of the output."""
-    low_rank: Tensor
-    """[s, r], what B was applied to."""
+    low_rank: Tensor | None
+    """[s, r], what B was applied to; None where it is to be computed again, as x Aᵀ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,21 +78,34 @@ def backward(parts: Sequence[LoraGrads], x: Tensor, dx: Tensor | None) -> bool:
         return False
     if _has_dot(native, storage) and x.shape[0] > _MOST_DOT_ROWS:
         return False
-    head, num_chunks, keep = _head(native, [part.a.shape[0] for part in parts], x.shape[0])
-    words: list[int] = []
-    for part, chunk in zip(parts, num_chunks, strict=True):
-        dy, low = part.dy, part.low_rank
+    for part in parts:
         is_whole = _is_whole(part.a, part.b, like=x)
         is_whole &= _is_whole(part.grad_a, part.grad_b, like=part.grad_a)
-        if not is_whole or not _is_laid_out(x, dy, low) or part.grad_a.dtype is not torch.float32:
+        low = part.dy if part.low_rank is None else part.low_rank
+        if not is_whole or not _is_laid_out(x, part.dy, low):
             return False
+        if part.grad_a.dtype is not torch.float32:
+            return False
+    calls: list[Call] = []
+    missing = [part.a for part in parts if part.low_rank is None]
+    if x.shape[0] <= _most_forward_rows(native, storage):
+        made = [x.new_empty(x.shape[0], a.shape[0]) for a in missing]
+        if missing:
+            calls += _inner_calls(native, storage, missing, made, x)
+    else:
+        made = [cpu_linear.linear(x, a) for a in missing]
+    rest = iter(made)
+    lows = [next(rest) if part.low_rank is None else part.low_rank for part in parts]
+    head, firsts, scratch = _head(native, [part.a.shape[0] for part in parts], x.shape[0])
+    words: list[int] = []
+    for part, low, first in zip(parts, lows, firsts, strict=True):
         words += (
             part.a.shape[0],
-            chunk,
+            first,
             float_bits(part.scale),
-            dy.data_ptr(),
-            dy.stride(0),
-            dy.shape[1],
+            part.dy.data_ptr(),
+            part.dy.stride(0),
+            part.dy.shape[1],
             part.b.data_ptr(),
             part.grad_b.data_ptr(),
             low.data_ptr(),
@@ -104,8 +118,44 @@ def backward(parts: Sequence[LoraGrads], x: Tensor, dx: Tensor | None) -> bool:
             0 if dx is None else dx.stride(0),
             x.shape[1],
         )
-    _submit(native, storage, (*head, *words), keep, is_backward=True)
+    keep = (*scratch, *lows)
+    calls += _calls(native, storage, (*head, *words), keep, is_backward=True)
+    native.team.submit(*calls)
     return True
+
+
+def _inner_calls(
+    native: NativeKernels,
+    storage: Storage,
+    weights: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    x: Tensor,
+) -> tuple[Call, Call]:
+    """The calls that fill `lows` with x Aᵀ, and add to nothing."""
+    head, firsts, scratch = _head(native, [a.shape[0] for a in weights], x.shape[0])
+    words: list[int] = []
+    for a, low, first in zip(weights, lows, firsts, strict=True):
+        words += _forward_words(a, 1.0, first, x, low)
+        words += (0, 0, 0, 0, 0, 0, 0)
+    return _calls(native, storage, (*head, *words), (*scratch, *lows), is_backward=False)
+
+
+def _forward_words(
+    a: Tensor, scale: float, first: int, x: Tensor, low: Tensor | None
+) -> tuple[int, ...]:
+    """`PART_ARGS` up to what is expanded."""
+    return (
+        a.shape[0],
+        first,
+        float_bits(scale),
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[1],
+        a.data_ptr(),
+        0,
+        address(low),
+        0 if low is None else low.stride(0),
+    )
 
 
 def forward(parts: Sequence[LoraOutput], x: Tensor) -> bool:
@@ -116,27 +166,17 @@ def forward(parts: Sequence[LoraOutput], x: Tensor) -> bool:
     native, storage = native_kernels(), storage_of(x.dtype)
     if native is None or storage is None or not _is_laid_out(x):
         return False
-    most = _MOST_DOT_FORWARD_ROWS if _has_dot(native, storage) else _MOST_FORWARD_ROWS
-    if x.shape[0] > most:
+    if x.shape[0] > _most_forward_rows(native, storage):
         return False
-    head, num_chunks, keep = _head(native, [part.a.shape[0] for part in parts], x.shape[0])
+    head, firsts, scratch = _head(native, [part.a.shape[0] for part in parts], x.shape[0])
     words: list[int] = []
-    for part, chunk in zip(parts, num_chunks, strict=True):
+    for part, first in zip(parts, firsts, strict=True):
         low, out = part.low_rank, part.out
         is_whole = _is_whole(part.a, part.b, like=x)
         if not is_whole or not _is_laid_out(x, out, out if low is None else low):
             return False
+        words += _forward_words(part.a, part.scale, first, x, low)
         words += (
-            part.a.shape[0],
-            chunk,
-            float_bits(part.scale),
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[1],
-            part.a.data_ptr(),
-            0,
-            address(low),
-            0 if low is None else low.stride(0),
             part.b.data_ptr(),
             0,
             0,
@@ -145,8 +185,12 @@ def forward(parts: Sequence[LoraOutput], x: Tensor) -> bool:
             out.stride(0),
             out.shape[1],
         )
-    _submit(native, storage, (*head, *words), keep, is_backward=False)
+    native.team.submit(*_calls(native, storage, (*head, *words), scratch, is_backward=False))
     return True
+
+
+def _most_forward_rows(native: NativeKernels, storage: Storage) -> int:
+    return _MOST_DOT_FORWARD_ROWS if _has_dot(native, storage) else _MOST_FORWARD_ROWS
 
 
 def _has_dot(native: NativeKernels, storage: Storage) -> bool:
@@ -184,16 +228,16 @@ def _head(
     return words, firsts, (sums, totals)
 
 
-def _submit(
+def _calls(
     native: NativeKernels,
     storage: Storage,
     words: tuple[int, ...],
     keep: tuple[Tensor, ...],
     *,
     is_backward: bool,
-) -> None:
+) -> tuple[Call, Call]:
     contract, expand = _kernels(native, storage, is_backward)
-    native.team.submit(
+    return (
         Call(kernel=contract, words=words, rows_word=_ROWS_WORD, keep=keep),
         Call(kernel=expand, words=words, rows_word=_ROWS_WORD, keep=keep),
     )
