@@ -9,7 +9,7 @@ import pytest
 
 from weft.base.errors import ConfigError
 from weft.cost.fitted_step_time import MeasuredStep, StepTimeProfile
-from weft.cost.online_step_time import OnlineStepTime
+from weft.cost.online_step_time import OnlineStepTime, StepRefit
 from weft.cost.step_time import IterationShape
 
 
@@ -141,3 +141,55 @@ def test_the_parts_of_a_fit_add_up_to_it() -> None:
     assert any(s.num_ft_layer_rows and not s.num_ft_tokens for s in alone)
     for shape in (*shapes(60, seed=6), *alone):
         assert model.seconds(shape) == pytest.approx(profile.device_s(shape), rel=1e-9)
+
+
+def _decodes(rows: int = 4) -> IterationShape:
+    return IterationShape(num_decode_rows=rows, num_sampled_rows=rows, decode_context_tokens=99.0)
+
+
+def test_what_one_sitting_learns_the_next_begins_with() -> None:
+    measured, true = Machine(), Machine(inference=1.5, forward=0.8, backward=1.2)
+    first = OnlineStepTime(measured)
+    assert first.refit is None
+    for shape in shapes(256):
+        first.observe(shape, true.device_s(shape))
+    learnt = first.refit
+    assert learnt is not None
+    assert learnt.num_observed == 256
+    assert learnt.factors[0] == pytest.approx(1.5, rel=0.1)
+    second = OnlineStepTime(measured)
+    second.begin_with(learnt)
+    for shape in shapes(8, seed=1):
+        assert second.seconds(shape) == first.seconds(shape)
+        assert second.upper_s(shape) == first.upper_s(shape)
+    with pytest.raises(ConfigError, match="measured model"):
+        OnlineStepTime(None).begin_with(learnt)
+
+
+def test_a_disturbed_sitting_is_forgotten() -> None:
+    """By what it says of inference within some iterations, by what of training within sittings."""
+    refit = StepRefit(factors=(4.0, 4.0, 4.0, 4.0), residual=1.0, num_observed=99)
+    seen: list[float] = []
+    for _ in range(8):
+        model = OnlineStepTime(Machine())
+        model.begin_with(refit)
+        for rows in range(1, 33):  # Nobody trains.
+            model.observe(_decodes(rows), Machine().device_s(_decodes(rows)))
+        found = model.refit
+        assert found is not None
+        assert found.factors[0] == pytest.approx(1.0, rel=0.15)
+        assert found.residual < 0.2
+        seen.append(found.factors[2])
+        refit = found
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] < 1.01
+
+
+@pytest.mark.parametrize(
+    ("factors", "residual"),
+    [((1.0,), 0.1), ((1.0, 1.0, 1.0, 5.0), 0.1), ((1.0, 1.0, float("nan"), 1.0), 0.1)]
+    + [((1.0,) * 4, value) for value in (-1.0, 2.0, float("nan"))],
+)
+def test_a_refit_out_of_bounds_is_none(factors: tuple[float, ...], residual: float) -> None:
+    with pytest.raises(ConfigError, match="of a refit"):
+        StepRefit(factors=factors, residual=residual, num_observed=1)

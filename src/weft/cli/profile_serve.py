@@ -16,8 +16,10 @@ from rich.table import Table
 
 from weft.cli.console import stdout_console
 from weft.cost.fitted_step_time import MeasuredStep, StepFit, StepTimeProfile
+from weft.cost.online_step_time import REFIT_PARTS
 from weft.cost.step_time import IterationShape
 from weft.engine.pacing import slo_from
+from weft.serve.step_times import kept_refits
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -142,6 +144,11 @@ def _summary(profile: StepTimeProfile, out: Path) -> dict[str, Any]:
             "curves": {name: asdict(c) for name, c in profile.device_fit.curves.items()},
             "slopes_s": dict(profile.device_fit.slopes),
         },
+        "refits": [
+            {"file": str(kept.path), **asdict(refit)}
+            for kept in kept_refits(profile)
+            if (refit := kept.read()) is not None
+        ],
         "settings": dict(profile.settings),
     }
 
@@ -203,6 +210,8 @@ def _print(profile: StepTimeProfile, out: Path) -> None:
         highlight=False,
     )
     _print_fit(console, profile.device_fit)
+    for line in _refit_lines(profile):
+        console.print(line, highlight=False)
     slo = slo_from(profile)
     console.print(
         f"objectives that follow: {slo.tpot_s * 1e3:.1f} ms per output token, "
@@ -210,6 +219,24 @@ def _print(profile: StepTimeProfile, out: Path) -> None:
         highlight=False,
     )
     console.print(f"wrote {out}", highlight=False)
+
+
+def _refit_lines(profile: StepTimeProfile) -> list[str]:
+    """What servers of this model have learnt about their own sweeps here."""
+    lines: list[str] = []
+    for kept in kept_refits(profile):
+        refit = kept.read()
+        if refit is None:
+            continue
+        parts = ", ".join(
+            f"{part} x {factor:.2f}"
+            for part, factor in zip(REFIT_PARTS, refit.factors, strict=True)
+        )
+        lines.append(
+            f"refitted while serving ({refit.num_observed} iterations): {parts}; 95 % within "
+            f"{refit.residual:.0%} above ({kept.path})"
+        )
+    return lines
 
 
 def _print_fit(console: Console, fit: StepFit) -> None:

@@ -3,8 +3,8 @@
 The model's prediction is split into parts (inference, finetuning forward, backward, optimizer
 steps), each with one factor. Factors come from the latest iterations by weighted least squares on
 relative errors, pulled to 1, within bounds, with Huber weights, so that a single slow iteration
-moves nothing and a machine that became slower moves all of them. (FlexLLM sheet §4.3: f(c, s)
-fitted offline and refitted online.)
+moves nothing and a machine that became slower moves all of them. (FlexLLM sheet
+§4.3: f(c, s) fitted offline and refitted online.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import sqrt
 from operator import attrgetter
 
 import numpy as np
@@ -33,6 +34,37 @@ _FIRST_RESIDUAL = 0.10
 _LEAST_RESIDUAL = 0.01
 _MOST_RESIDUAL = 1.0
 _MOST_CACHED = 256
+REFIT_PARTS = ("inference", "forward", "backward", "step")
+"""Of an iteration's time, those that a measured model's refit has a factor for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRefit:
+    """What serving taught about a measured model, which itself stays as it was measured.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+
+    factors: tuple[float, ...]
+    """Of each of `REFIT_PARTS`, what it takes beside what was measured."""
+    residual: float
+    """As `OnlineStepTime.residual`."""
+    num_observed: int
+    """Iterations that it was learnt from."""
+
+    def __post_init__(self) -> None:
+        low, high = _MEASURED_BOUNDS
+        if len(self.factors) != len(REFIT_PARTS) or not all(low <= f <= high for f in self.factors):
+            raise ConfigError(
+                f"the factors of a refit are {list(self.factors)}; it needs {len(REFIT_PARTS)} in "
+                f"[{low}, {high}]"
+            )
+        if not _LEAST_RESIDUAL <= self.residual <= _MOST_RESIDUAL:
+            raise ConfigError(
+                f"the residual of a refit is {self.residual}; it must be in "
+                f"[{_LEAST_RESIDUAL}, {_MOST_RESIDUAL}]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +111,46 @@ class OnlineStepTime:
         size = 6 if model is None else 4
         self.factors = (1.0,) * size
         """Of each part."""
+        self._start = self.factors
+        """As they began."""
+        self._num_of_part = [0] * size
+        """Observed iterations that hold each part."""
         self.residual = _FIRST_RESIDUAL
         """Share by which 95 % of iterations stay below what was predicted, plus one."""
         if isinstance(model, StepTimeProfile):
             self.residual = _clipped(model.device_fit.residuals.p95)
+
+    def begin_with(self, refit: StepRefit) -> None:
+        """Start from what an earlier sitting learnt about the same measured model.
+
+        It holds until the first iterations have been observed.
+
+        Raises:
+            ConfigError: this has no measured model.
+        """
+        if self._model is None:
+            raise ConfigError("a refit needs the measured model that it was made of")
+        self.factors = self._start = refit.factors
+        self.residual = refit.residual
+
+    @property
+    def refit(self) -> StepRefit | None:
+        """What this sitting has learnt; None without a measured model, or before it learnt much.
+
+        A part that it hardly met goes half the way back to what was measured: what a disturbed
+        sitting says of training must not outlive all those that do not train.
+        """
+        if self._model is None or self._num_observed < 2 * _REFIT_EVERY:
+            return None
+        factors = (
+            factor if count >= _REFIT_EVERY else sqrt(start)
+            for factor, start, count in zip(
+                self.factors, self._start, self._num_of_part, strict=True
+            )
+        )
+        return StepRefit(
+            factors=tuple(factors), residual=self.residual, num_observed=self._num_observed
+        )
 
     def seconds(self, shape: IterationShape) -> float:
         """Expected seconds of an iteration, the policy's own included."""
@@ -104,7 +172,10 @@ class OnlineStepTime:
         """Learn from an iteration; refits now and then."""
         if shape.is_empty or not 0 < seconds < float("inf"):
             return
-        self._parts.append(self._split(shape))
+        parts = self._split(shape)
+        self._parts.append(parts)
+        for index, part in enumerate(parts):
+            self._num_of_part[index] += part > 0
         self._seconds.append(seconds)
         self._num_observed += 1
         is_early = self._model is None and self._num_observed in (1, 2, 4, 8)
@@ -183,11 +254,14 @@ class OnlineStepTime:
         prior = np.sqrt(_PRIOR) * np.maximum(matrix.mean(axis=0), 1e-3)
         if self._model is None:
             prior *= 0.02
+        # What was measured, not what was learnt before: a disturbed sitting counts for nothing once
+        # there is anything to learn from. A part that was not met stays as it began.
+        centre = np.where(np.array(self._num_of_part) > 0, 1.0, self._start)
         for _ in range(3):
             errors = np.abs(matrix @ factors - 1.0)
             weights = np.sqrt(np.minimum(1.0, _HUBER / np.maximum(errors, 1e-12)))
             rows = np.vstack([matrix * weights[:, None], np.diag(prior)])
-            wanted = np.concatenate([weights, prior])
+            wanted = np.concatenate([weights, prior * centre])
             factors = lsq_linear(rows, wanted, bounds=(low, high)).x
         self.factors = tuple(float(f) for f in factors)
         if self._num_observed >= 2 * _REFIT_EVERY:

@@ -31,6 +31,10 @@ from weft.engine.window_policies import RecordingPolicy, ReplayingPolicy
 from weft.serve.engine_config import EngineConfig, EngineInfo
 from weft.serve.iteration_trace import TracedExecutor
 from weft.serve.messages import FinetuneGauges, JobAction
+from weft.serve.step_times import RefitFile
+
+_REFIT_INTERVAL_S = 60.0
+"""A killed engine has learnt for nothing since, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +53,8 @@ class BuiltExecutor:
     """What jobs may take; None leaves it unbounded."""
     step_time: StepTimeModel | None = None
     """Where predictions of its iterations start; None learns while serving."""
+    refits: RefitFile | None = None
+    """What earlier sittings learnt about them, and where this one's goes."""
 
 
 class EngineCore:
@@ -85,6 +91,11 @@ class EngineCore:
         except BaseException:
             self._executor.close()
             raise
+        self._clock = clock
+        self._refits = built.refits
+        self._keep_refit_at_s = clock.now_s() + _REFIT_INTERVAL_S
+        if self._refits is not None and (refit := self._refits.read()) is not None:
+            self._policy.step_time.begin_with(refit)
         if config.trace_path is not None:
             self._executor = TracedExecutor(self._executor, path=config.trace_path, clock=clock)
         self._loop = EngineLoop(self._policy, self._executor)
@@ -212,6 +223,9 @@ class EngineCore:
         updates = self._loop.step()
         if self._retired:
             self._drop_retired()
+        if self._refits is not None and self._clock.now_s() >= self._keep_refit_at_s:
+            self._keep_refit_at_s = self._clock.now_s() + _REFIT_INTERVAL_S
+            self._keep_refit()
         return updates
 
     def stats(self) -> EngineStats:
@@ -257,7 +271,14 @@ class EngineCore:
 
     def close(self) -> None:
         """Give back memory and threads; writes the trace, if one was asked for."""
+        self._keep_refit()
         self._executor.close()
+
+    def _keep_refit(self) -> None:
+        """Keep what this sitting has learnt of iteration times for the next one."""
+        refit = self._policy.step_time.refit
+        if self._refits is not None and refit is not None:
+            self._refits.write(refit)
 
 
 def _policy_of(config: EngineConfig) -> Callable[..., CoServing]:

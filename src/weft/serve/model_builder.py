@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
@@ -19,7 +20,7 @@ from weft.runtime.memory import free_memory_bytes
 from weft.runtime.serve_profiler import processor_name, quick_profile, warm_up_finetuning
 from weft.serve.engine_config import EngineConfig
 from weft.serve.engine_core import BuiltExecutor
-from weft.serve.step_times import find_step_times
+from weft.serve.step_times import AUTO, RefitFile, find_step_times
 
 MAX_FINETUNE_SAMPLES = 8
 """In flight at once, over all jobs; short samples of one step share iterations."""
@@ -57,6 +58,7 @@ def build(config: EngineConfig) -> BuiltExecutor:
                 f"memory_budget is {config.memory_budget_bytes} bytes, less than the KV cache "
                 f"within it, {cache_bytes} bytes: raise it, or lower kv_cache_memory_bytes"
             )
+    step_times = _step_times(config, built)
     return BuiltExecutor(
         executor=built.executor,
         model_path=str(resolved.model_path),
@@ -73,11 +75,19 @@ def build(config: EngineConfig) -> BuiltExecutor:
             budget_bytes=budget_bytes,
             adapter_bytes=adapter_bytes(built.executor.adapters, resolved.device, budget_bytes),
         ),
-        step_time=_step_times(config, built),
+        step_time=step_times.profile,
+        refits=step_times.refits,
     )
 
 
-def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StepTimes:
+    profile: StepTimeProfile | None
+    refits: RefitFile | None
+    """Where the profile is the cache's own: a file that the user named is left as it is."""
+
+
+def _step_times(config: EngineConfig, built: BuiltModel) -> _StepTimes:
     """A profile of this executor, measured here and now where none is known."""
     resolved, info = built.resolved, built.executor.info
     dtype = str(resolved.dtype).removeprefix("torch.")
@@ -120,7 +130,10 @@ def _step_times(config: EngineConfig, built: BuiltModel) -> StepTimeProfile | No
             warm_up_finetuning(
                 built.executor, max_model_len=context, max_num_batched_tokens=batch_tokens
             )
-        return found
+        refits = None
+        if found is not None and config.step_times == AUTO:
+            refits = RefitFile.beside(found, key=key)
+        return _StepTimes(profile=found, refits=refits)
     except BaseException:
         built.executor.close()
         raise
