@@ -157,6 +157,8 @@ def test_kills_of_a_real_executor_leave_the_same_weights(tmp_path: Path) -> None
 SOAK_ROWS = [f"{i}: " + "the quick brown fox " * (i % 4 + 1) for i in range(6)]
 SOAK_KILLS = int(os.environ.get("WEFT_SOAK_KILLS", "50"))
 """Of the two runs together; fewer for a quick look."""
+SOAK_SEED = os.environ.get("WEFT_SOAK_SEED", "")
+"""Another one kills at other instants."""
 SOAK_EPOCHS = 8 * SOAK_KILLS
 """Enough that the job outlives all kills."""
 
@@ -195,7 +197,7 @@ def _kill_many(
         reported = job.weft["step"]  # type: ignore[attr-defined]
         known = _steps_on_disk(data, job_id)
         assert known >= reported - every, "more steps were lost than lie between checkpoints"
-    assert num_before_ready < SOAK_KILLS // 4
+    assert num_before_ready < SOAK_KILLS // 4 or SOAK_KILLS < 20
     return job_id, num_answered
 
 
@@ -210,7 +212,7 @@ def test_fifty_kills_of_weft_serve_under_load(policy: str, tmp_path: Path) -> No
     flags = ["--policy", policy, "--checkpoint-every", str(every)]
     flags += ["--record-windows", str(windows)]
     start = partial(start_weft_serve, model, data, *flags)
-    job_id, num_answered = _kill_many(start, data, random.Random(policy), every)
+    job_id, num_answered = _kill_many(start, data, random.Random(policy + SOAK_SEED), every)
     with running_weft_serve(model, data, *flags) as server, Load(server) as load:
         client = server.openai()
         job = _finish(client, job_id)
