@@ -29,6 +29,9 @@ _LASTING = frozenset(
 )
 
 
+_QUERY_SOURCES = frozenset({"query_flat", "query_raw"})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TappedRow:
     """A forward row of a sample in training."""
@@ -44,6 +47,13 @@ class TappedRow:
     sin: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LayerTaps:
+    wanted: frozenset[str]
+    may_adopt: bool
+    """Whether tensors may be kept as they are, and not copied."""
+
+
 class SampleTaps:
     """`weft.model.forward_step.Taps` that hands each row's tensors to its sample."""
 
@@ -52,33 +62,36 @@ class SampleTaps:
         self._rows = tuple(rows)
         self.rows = slice(rows[0].rows.start, rows[-1].rows.stop)
         covered = sum(row.rows.stop - row.rows.start for row in rows)
-        self._may_adopt = covered == num_tokens
-        self._wanted = [
-            frozenset(
-                source
-                for row in rows
-                for name in row.plans[layer].needs.saved
-                for source in (name, *_sources(row.plans[layer], name))
+        self._layers = [
+            _LayerTaps(
+                wanted=frozenset(
+                    source
+                    for row in rows
+                    for name in row.plans[layer].needs.saved
+                    for source in (name, *_sources(row.plans[layer], name))
+                ),
+                # Where all tokens are the samples' own, nobody else holds on to the tensors.
+                may_adopt=covered == num_tokens
+                and not any(_scales_inputs(row.plans[layer]) for row in rows),
             )
             for layer in range(len(rows[0].plans))
         ]
 
     def wants(self, layer: int) -> Collection[str]:
         """Names that some row's sample keeps of a layer, or that such a tensor is made from."""
-        return self._wanted[layer]
+        return self._layers[layer].wanted
 
     def keep(self, layer: int, name: str, rows: slice, value: Tensor) -> None:
         """Hand out `value` [.., width] of the tokens `rows`."""
+        adopts = self._layers[layer].may_adopt and name in _LASTING
         for row in self._rows:
             begin, end = row.rows.start - rows.start, row.rows.stop - rows.start
             if begin < 0 or end > value.shape[0]:
                 continue
             plan, part = row.plans[layer], value[begin:end]
             if name in plan.needs.saved:
-                # Where all tokens are the samples' own, nobody else holds on to the tensor.
-                adopts = self._may_adopt and name in _LASTING and not _scales_inputs(plan)
                 row.saved.keep(layer, name, row.begin, part if adopts else part.clone())
-            if "query" in plan.needs.saved and name in _sources(plan, "query"):
+            if name in _QUERY_SOURCES and "query" in plan.needs.saved:
                 row.saved.keep(layer, "query", row.begin, _query(plan, row, part))
 
 
