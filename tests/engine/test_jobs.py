@@ -125,7 +125,7 @@ def test_a_step_without_labels_has_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("order", list(BackwardOrder))
-@pytest.mark.parametrize("granule", [1, 4])
+@pytest.mark.parametrize("granule", [1, 4, 16])
 def test_rows_of_any_budget_cover_every_layer_of_every_token_once(
     order: BackwardOrder, granule: int
 ) -> None:
@@ -246,6 +246,22 @@ def test_validation_gives_its_loss_to_the_step_before_it() -> None:
     ]
     assert metrics[1].validation_loss == pytest.approx(np.mean(losses))
     assert metrics[3].validation_loss == pytest.approx(np.mean(losses))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_step_in_the_batch_that_ends_the_pass_before_it_comes_after_it(batch_size: int) -> None:
+    """With windows that hold everything, one batch ends the pass and does the next step too."""
+    config = FinetuneConfig(policy=FinetunePolicy.FINETUNE_ONLY)
+    policy, executor = make(config=config)
+    spec = job(
+        lengths=(10, 7, 9, 8), validation=(sample(12, 9),), num_epochs=4, batch_size=batch_size
+    )
+    policy.add_job(spec)
+    metrics = [e for e in drain(policy, executor) if isinstance(e, StepMetrics)]
+    num_steps, per_epoch = 16 // batch_size, 4 // batch_size
+    assert [m.step for m in metrics] == list(range(1, num_steps + 1))
+    checked = [m.step for m in metrics if m.validation_loss is not None]
+    assert checked == list(range(per_epoch, num_steps + 1, per_epoch))
 
 
 def test_checkpoints_are_saved_and_a_resumed_job_does_the_rest(tmp_path) -> None:

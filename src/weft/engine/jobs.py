@@ -8,6 +8,7 @@ batches in order; results bring losses, events and failures. (FlexLLM, arXiv 240
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -448,8 +449,14 @@ class FinetuneJobs:
         for loss in outcome.losses:
             if job := self._current(loss.job_id, part):
                 job.take_loss(loss.sample, loss.loss_sum, loss.weight)
+        validated = dict(part.validated)
         for step in outcome.steps:
             if job := self._current(step.job_id, part):
+                if validated.get(step.job_id, math.inf) <= step.step:
+                    # Of the step before: this one, of the same batch, came after the pass.
+                    del validated[step.job_id]
+                    metrics = job.take_validation()
+                    self._events.extend([metrics] if metrics else [])
                 metrics = job.take_step(step, now_s)
                 self._events.extend([metrics] if metrics else [])
         for failure in outcome.failures:
@@ -459,7 +466,7 @@ class FinetuneJobs:
         for saved in outcome.saves:
             if saved.path in here:
                 self._take_save(saved)
-        for name in part.validated:
+        for name in validated:
             if job := self._current(name, part):
                 metrics = job.take_validation()
                 self._events.extend([metrics] if metrics else [])
