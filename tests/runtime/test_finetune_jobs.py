@@ -356,6 +356,34 @@ def test_a_gradient_that_is_not_finite_fails_at_the_step(tmp_path: Path) -> None
     assert "not finite" in failure.message
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rate", "problem"),
+    [
+        (torch.float16, 1e6, "weights not finite in torch.float16"),  # finite in float32
+        (torch.float32, 1e39, "overflow"),
+    ],
+)
+def test_weights_that_a_step_spoils_are_neither_saved_nor_served(
+    dtype: torch.dtype, rate: float, problem: str, tmp_path: Path
+) -> None:
+    hand = hand_of(dtype)
+    (sample, _) = samples_of(0)
+    hand.start(SPEC, samples=[sample])
+    hand.pass_samples([sample])
+    path = tmp_path / "no"
+    hand.run(
+        steps=(OptimizerStep(job_id="job", step=4, lr=rate),),
+        saves=(SaveCheckpoint(job_id="job", path=str(path), num_steps=5),),
+        publishes=(PublishAdapter(job_id="job", id="job", version=1),),
+    )
+    outcome = hand.outcomes[-1]
+    (failure,) = outcome.failures
+    assert (failure.step, outcome.steps) == (4, ())
+    assert f"step 5 at learning rate {rate:g} failed: " in failure.message
+    assert problem in failure.message
+    assert not path.exists()
+
+
 def test_a_full_disk_fails_the_job_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

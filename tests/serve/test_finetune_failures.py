@@ -47,12 +47,13 @@ def test_a_loss_that_is_no_number_names_the_line(
         forward_window=window,
         backward_window=window,
         max_window_tokens=window,
+        granule_tokens=min(window, 16),
     )
     with LLM(poisoned_model, dtype="float32", num_threads=1, finetune_config=config) as llm:
         job = llm.finetune(data, batch_size=2, seed=3)
         with pytest.raises(JobFailedError) as failed:
             job.wait()
-    message = f"loss of a sample in step {step} is nan (line {line} of the training file)"
+    message = f"loss of a sample in step {step + 1} is nan (line {line} of the training file)"
     assert message in str(failed.value)
 
 

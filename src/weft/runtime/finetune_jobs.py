@@ -284,12 +284,21 @@ class FinetuneJobs:
         trained = job.trained
         norm = clip_(trained.grads, job.start.optimizer.max_grad_norm)
         if not np.isfinite(norm):
-            message = f"the gradient of step {step.step} is not finite (its norm is {norm})"
+            message = f"the gradient of step {step.step + 1} is not finite (its norm is {norm})"
             self._fail(step.job_id, message, step.step, is_of_step=True)
             return
-        job.optimizer.update(trained.master, trained.grads, lr=step.lr, num_done=step.step)
-        trained.grads.zero_()
-        trained.refresh()
+        try:
+            job.optimizer.update(trained.master, trained.grads, lr=step.lr, num_done=step.step)
+            trained.grads.zero_()
+            trained.refresh()
+            # Found here and not by the next loss: nothing of it may be saved or served.
+            problem = "" if trained.is_finite else f"weights not finite in {trained.working.dtype}"
+        except RuntimeError as error:  # A rate beyond the dtype's numbers, or no memory.
+            problem = str(error)
+        if problem:
+            message = f"step {step.step + 1} at learning rate {step.lr:g} failed: {problem}"
+            self._fail(step.job_id, message, step.step, is_of_step=True)
+            return
         job.num_steps = step.step + 1
         self._outcome.steps.append(StepOutcome(job_id=step.job_id, step=step.step, grad_norm=norm))
 
@@ -351,7 +360,7 @@ class FinetuneJobs:
                 continue
             failures[job_id] = JobFailure(
                 job_id=job_id,
-                message=f"the loss of a sample in step {step} is {loss_sum}",
+                message=f"the loss of a sample in step {step + 1} is {loss_sum}",
                 step=step,
                 sample=segment.sample,
             )

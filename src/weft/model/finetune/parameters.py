@@ -97,6 +97,11 @@ class TrainedWeights:
         if self.working is not self.master:
             self.working.copy_(self.master)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all working copies are numbers: a master may be too large for their dtype."""
+        return bool(torch.isfinite(self.working).all())
+
     def bypasses(self, layer: int, flat: Tensor | None = None) -> dict[Module, TrainedBypass]:
         """The bypasses of one layer; their tensors are views that stay good.
 
