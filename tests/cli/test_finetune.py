@@ -84,7 +84,12 @@ def test_a_run_that_failed_goes_on(arguments: list[str], tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="--resume"):
         finetune.main(arguments)
     data.write_text(whole)
+    latest = finetune.latest_checkpoint(tmp_path / "out" / finetune.CHECKPOINTS)
+    done = int(latest.name.removeprefix("step-"))
     assert finetune.main([*arguments, "--resume"]) == 0
+    summary = json.loads((tmp_path / "out" / finetune.SUMMARY).read_text())
+    assert summary["first_step"] == done + 1
+    assert summary["num_steps"] == done + len(summary["loss"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,31 @@ def test_a_template_that_rewrites_earlier_turns_is_noticed(tmp_path: Path) -> No
         _one(_chat(*turns), tokenizer)
     only_last = _chat(turns[0], ("assistant", "first", 0), *turns[2:])
     assert _labels(_one(only_last, tokenizer)).strip(".") == "last;"
+
+
+def test_an_eos_of_the_tokenizers_own_is_a_label_too(model_dir: Path, tmp_path: Path) -> None:
+    """Such a token has no characters, and would count for nothing."""
+    adds_eos = tmp_path / "model"
+    shutil.copytree(model_dir, adds_eos)
+    path = adds_eos / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    eos = next(token for token in raw["added_tokens"] if token["id"] == EOS)["content"]
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": eos, "type_id": 0}},
+        ],
+        "pair": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 0}},
+        ],
+        "special_tokens": {eos: {"id": eos, "ids": [EOS], "tokens": [eos]}},
+    }
+    path.write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_directory(adds_eos)
+    assert tokenizer.encode("ab")[-1] == EOS
+    assert _labels(_one({"prompt": "ab", "completion": "cd"}, tokenizer)) == "..cd$"
 
 
 def test_labels_end_with_the_templates_eos(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def finetune(
         max_grad_norm=max_grad_norm,
     )
     checkpoints = out / CHECKPOINTS
+    latest = latest_checkpoint(checkpoints) if resume else None
+    begun = 0 if latest is None else _step_of(latest)
     started_s = time.monotonic()
     with LLM(
         model,
@@ -138,7 +140,7 @@ def finetune(
             overlong_samples=overlong_samples.value,
             checkpoint_every=checkpoint_every,
             output_dir=checkpoints,
-            resume_from=latest_checkpoint(checkpoints) if resume else None,
+            resume_from=latest,
             initial_adapter=initial_adapter,
             remat=remat.value,
         )
@@ -146,13 +148,14 @@ def finetune(
             with _shown() as show:
                 job.wait(show)
         except KeyboardInterrupt:
+            done = job.metrics[-1].step if job.metrics else begun
             print(
-                f"interrupted after step {len(job.metrics)}; `--resume` goes on from the latest "
+                f"interrupted after step {done}; `--resume` goes on from the latest "
                 f"checkpoint in {checkpoints}",
                 file=sys.stderr,
             )
             raise
-    _keep(out, job, time.monotonic() - started_s)
+    _keep(out, job, time.monotonic() - started_s, begun=begun)
     print(f"the adapter is in {out}")
 
 
@@ -165,7 +168,11 @@ def latest_checkpoint(directory: Path) -> Path:
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     if not found:
         raise ConfigError(f"{directory} holds no checkpoint to resume from; leave out --resume")
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return max(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def main(argv: list[str]) -> int:
@@ -197,13 +204,15 @@ def _targets(text: str) -> tuple[str, ...] | str:
     return text if text == "all-linear" or not is_names else tuple(names)
 
 
-def _keep(out: Path, job: FinetuneJob, elapsed_s: float) -> None:
+def _keep(out: Path, job: FinetuneJob, elapsed_s: float, *, begun: int) -> None:
     """Move the finished adapter to its place and drop what only an unfinished run needs."""
     final = out / CHECKPOINTS / "final"
     for path in final.iterdir():
         path.replace(out / path.name)
     summary = {
-        "num_steps": job.metrics[-1].step if job.metrics else 0,
+        "num_steps": job.metrics[-1].step if job.metrics else begun,
+        # Of the losses and tokens below; more than 1 after --resume.
+        "first_step": begun + 1,
         "num_tokens": job.num_tokens,
         "elapsed_s": round(elapsed_s, 3),
         "loss": [metrics.loss for metrics in job.metrics],

@@ -318,9 +318,11 @@ def _encode(
         text = example.prompt + example.completion
         span = Span(begin=len(example.prompt), end=len(text))
         ids, weights = _weigh(text, [span], tokenizer, add_special_tokens=True)
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-            weights.append(1.0)
+        if tokenizer.eos_token_id is not None:
+            if ids[-1:] != [tokenizer.eos_token_id]:
+                ids.append(tokenizer.eos_token_id)
+                weights.append(1.0)
+            weights[-1] = 1.0  # Also where the tokenizer itself adds it, which has no characters.
     if len(ids) > max_tokens:
         if overlong is OverlongSamples.REFUSE:
             raise line.refusal(
