@@ -158,6 +158,13 @@ def test_a_tenant_sees_its_own_adapters_only(start_server: StartServer, tmp_path
         assert unload(http, "one").status_code == 404
         body = {"model": "one", "prompt": "a", "max_tokens": 1}
         assert http.post("/v1/completions", json=body).status_code == 404
+        # What another tenant calls its own is no other's business.
+        assert load(http, "one", "one").status_code == 200
+        assert http.post("/v1/completions", json=body).status_code == 200
+        assert unload(http, "one").status_code == 200
+        assert http.get("/v1/models/one").status_code == 404
+        http.headers["Authorization"] = "Bearer key-a"
+        assert http.post("/v1/completions", json=body).status_code == 200
 
 
 def test_no_tenant_unloads_what_all_are_served(start_server: StartServer, tmp_path: Path) -> None:

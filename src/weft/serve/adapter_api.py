@@ -130,7 +130,7 @@ class AdapterApi:
                 "choose another",
                 "lora_name",
             )
-        if self._models.find(body.lora_name) is not None:
+        if self._models.find(body.lora_name, tenant) is not None:
             raise InvalidRequestError(
                 f"an adapter is served as {body.lora_name!r} already; unload it first, or choose "
                 "another name",
@@ -146,9 +146,9 @@ class AdapterApi:
         self._check_open()
         body = await self._read_unload(request)
         self._checked_root()
-        served = self._models.find(body.lora_name)
         tenant = tenant_of(request).name
-        if served is None or served.tenant not in (None, tenant):
+        served = self._models.find(body.lora_name, tenant)
+        if served is None:
             raise InvalidRequestError(
                 f"no adapter is served as {body.lora_name!r}", "lora_name", "model_not_found"
             )
@@ -166,7 +166,7 @@ class AdapterApi:
                 param="lora_name",
                 code="forbidden",
             )
-        await self._models.remove(body.lora_name)
+        await self._models.remove(body.lora_name, served.tenant)
         return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     def _checked_root(self) -> Path:

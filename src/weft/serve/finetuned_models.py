@@ -32,10 +32,10 @@ class FinetunedModels:
 
         Any other name, and that of another tenant's checkpoint, is left to whoever resolves names.
         """
-        if split_checkpoint_name(name) is None or self._models.find(name) is not None:
+        if split_checkpoint_name(name) is None or self._models.find(name, tenant) is not None:
             return
         async with self._loading:
-            if self._models.find(name) is not None:
+            if self._models.find(name, tenant) is not None:
                 return  # Another request was quicker.
             try:
                 found = await self._checkpoint(tenant, name)
@@ -43,7 +43,7 @@ class FinetunedModels:
                 await self._models.add(name, path, id=name, tenant=tenant)
                 await self._checkpoint(tenant, name)  # Newer ones may have driven it out meanwhile.
             except NotFoundError:
-                await self._models.remove(name)
+                await self._models.remove(name, tenant)
             except AdapterLoadError as error:
                 logger.warning("checkpoint %s is not served: %s", name, error)
 
@@ -56,13 +56,13 @@ class FinetunedModels:
             await self._run(
                 self._store.delete_checkpoint, tenant, found.job_id, found.step, name=name
             )
-        await self._models.remove(name)
+        await self._models.remove(name, tenant)
 
     async def checkpoints_gone(self, job_id: str, steps: Iterable[int]) -> None:
         """Serve checkpoints no more that the store has dropped."""
         for step in steps:
             job = await self._run(self._store.job, None, job_id)
-            await self._models.remove(checkpoint_name(job, step))
+            await self._models.remove(checkpoint_name(job, step), job.tenant)
 
     async def path(self, tenant: str | None, name: str) -> str:
         """Where a finished adapter's weights lie, or those of an ended job's checkpoint.

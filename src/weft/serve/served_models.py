@@ -51,7 +51,8 @@ class ServedModels:
     def __init__(self, base_names: tuple[str, ...], loader: AdapterLoader) -> None:
         self.base_names = base_names
         self._loader = loader
-        self._adapters: dict[str, ServedAdapter] = {}
+        self._adapters: dict[tuple[str | None, str], ServedAdapter] = {}
+        """By tenant and name: what one tenant calls its adapters is no other's business."""
         self._num_versions: dict[str, int] = {}
         self._created = int(time.time())
 
@@ -63,8 +64,8 @@ class ServedModels:
         """
         if name is None or name in self.base_names:
             return Resolved(name=self.base_names[0])
-        adapter = self._adapters.get(name)
-        if adapter is None or adapter.tenant not in (None, tenant):
+        adapter = self.find(name, tenant)
+        if adapter is None:
             raise InvalidRequestError(
                 f"model {name!r} is not served here; served: {', '.join(self._names(tenant))}",
                 "model",
@@ -81,7 +82,7 @@ class ServedModels:
         tenant: str | None = None,
         published: AdapterRef | None = None,
     ) -> ServedAdapter:
-        """Serve an adapter under a name from now on; one of that name gets a new version.
+        """Serve an adapter under a name from now on; the tenant's of that name gets a new version.
 
         `published` is a version that the engine holds already.
 
@@ -90,29 +91,33 @@ class ServedModels:
         """
         if name in self.base_names:
             raise InvalidRequestError(f"{name!r} is the base model's name; choose another", "name")
-        previous = self._adapters.get(name)
+        previous = self._adapters.get((tenant, name))
         ref = published
         if ref is None:
-            id = id or name
+            # U+0000 stands in no name, so that no two tenants' names run into one.
+            id = id or (name if tenant is None else f"{tenant}\0{name}")
             version = self._num_versions.get(id, 0) + 1
             ref = AdapterRef(id=id, version=version)
             await self._loader.load_adapter(ref, path)
         self._num_versions[ref.id] = max(self._num_versions.get(ref.id, 0), ref.version)
         served = ServedAdapter(name=name, ref=ref, path=path, tenant=tenant)
-        self._adapters[name] = served
+        self._adapters[tenant, name] = served
         if previous is not None:
             await self._loader.unload_adapter(previous.ref)
         return served
 
-    async def remove(self, name: str) -> None:
-        """Serve it no more; running requests keep it to their end. Unknown names are ignored."""
-        adapter = self._adapters.pop(name, None)
+    async def remove(self, name: str, tenant: str | None) -> None:
+        """Serve a tenant's adapter no more; running requests keep it to their end.
+
+        Unknown names are ignored.
+        """
+        adapter = self._adapters.pop((tenant, name), None)
         if adapter is not None:
             await self._loader.unload_adapter(adapter.ref)
 
-    def find(self, name: str) -> ServedAdapter | None:
-        """The adapter of a name, whoever's it is."""
-        return self._adapters.get(name)
+    def find(self, name: str, tenant: str) -> ServedAdapter | None:
+        """The adapter that a tenant means by a name: its own, or everyone's."""
+        return self._adapters.get((tenant, name)) or self._adapters.get((None, name))
 
     def cards(self, tenant: str, max_model_len: int) -> list[dict[str, Any]]:
         """Everything that a tenant may ask for, as OpenAI's `model` objects."""
@@ -121,7 +126,7 @@ class ServedModels:
     def card(self, name: str, tenant: str, max_model_len: int) -> dict[str, Any]:
         """One `model` object; raises as `resolve`."""
         self.resolve(name, tenant)
-        adapter = self._adapters.get(name)
+        adapter = self.find(name, tenant)
         return {
             "id": name,
             "object": "model",
@@ -134,6 +139,6 @@ class ServedModels:
 
     def _names(self, tenant: str) -> Iterator[str]:
         yield from self.base_names
-        for name, adapter in self._adapters.items():
-            if adapter.tenant in (None, tenant):
+        for owner, name in self._adapters:
+            if owner in (None, tenant):
                 yield name
