@@ -90,7 +90,8 @@ class BackwardCursor:
     ) -> tuple[tuple[BackwardSpan, ...], BackwardCursor]:
         """Rows of at most `most` token-layers together, and the cursor behind them.
 
-        A window that does not reach the left end holds a multiple of `granule` tokens.
+        A window that does not reach the left end holds a multiple of `granule` tokens, or
+        `max_window` where that is less.
         """
         if self.order is BackwardOrder.LAYER_MAJOR:
             return self._take_layers(most, granule)
@@ -130,7 +131,8 @@ class BackwardCursor:
                 # As many tokens as pass all layers now; else as few as are worth a row.
                 widest = min(end, self.max_window)
                 wanted = max(most // all_layers, min(granule, widest))
-                size = _window(widest, end, wanted, granule)
+                # A row's most tokens may be fewer than a granule.
+                size = _window(widest, end, wanted, min(granule, widest))
                 begin = end - size
             depth = min(most // (end - begin), layer - self.lowest_layer + 1)
             if depth == 0:

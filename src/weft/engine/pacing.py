@@ -24,8 +24,10 @@ _SPENT_AT_ONCE = 0.5
 """Share of what requests saved that one iteration may take."""
 _MOST_SPENT = 3.0
 """Objectives that an iteration lasts at most, whatever was saved: answers should flow."""
-_RESERVE = 10.0
-"""Objectives by which finetuning keeps requests ahead, so that a burst of prompts finds time."""
+_RESERVE_PROMPTS = 6
+"""Usual prompts for which finetuning keeps requests ahead, so that a burst of them finds time."""
+_MOST_RESERVE = 12.0
+"""Objectives by which it does so at most."""
 _MOST_MARGIN = 0.2
 """Share kept free above the prediction of a prompt's chunk, at most."""
 _MOST_WAITING = 64
@@ -108,7 +110,6 @@ class Pacer:
         itself.
         """
         tpot_s = self.slo.tpot_s
-        reserve_s = _RESERVE * tpot_s
         prompt_s = finetune_s = self.most_s if sequences else math.inf
         latest_s = -math.inf  # Of those that are in time: the one with least to spend.
         least_s = None
@@ -131,7 +132,8 @@ class Pacer:
             finetune_s = min(finetune_s, own_s)
         if latest_s > -math.inf:
             prompt_s = min(prompt_s, tpot_s - _SPENT_AT_ONCE * latest_s)
-            lacking_s = latest_s + reserve_s
+            reserve_s = _RESERVE_PROMPTS * self.prefill_s(0, _USUAL_CONTEXT)
+            lacking_s = latest_s + min(reserve_s, _MOST_RESERVE * tpot_s)
             share = _SPENT_AT_ONCE if lacking_s <= 0 else 1 / _HORIZON
             finetune_s = min(finetune_s, tpot_s - share * lacking_s)
         return Pace(prompt_s=prompt_s, finetune_s=finetune_s)
