@@ -336,6 +336,14 @@ def test_a_job_advances_also_where_nothing_can_be_saved_up(rate: float) -> None:
     assert max(len(run) for run in runs) <= 8
 
 
+def test_head_room_is_a_number_also_where_no_job_asks() -> None:
+    for jobs in ((), (job(),)):
+        policy, _, _ = serve(workload(1.0, 2, 20, 5), FinetuneConfig(slo=SLO), jobs=jobs)
+        found = [o.head_room_s for o in policy.outlooks]
+        assert np.isfinite(found).all()
+        assert (max(found) > 0) == bool(jobs)
+
+
 def test_what_follows_a_step_joins_its_iteration() -> None:
     """Else half an iteration's room is lost with every step."""
     config = FinetuneConfig(slo=SLO, max_iteration_s=0.2)

@@ -59,6 +59,12 @@ class Outlook:
     """Whether finetuning got its least share, whatever the objectives allow."""
     actual_s: float = math.nan
 
+    @property
+    def head_room_s(self) -> float:
+        """What the objectives left beside inference; 0 where no job asked."""
+        left_s = self.budget_s - self.inference_s
+        return left_s if 0 < left_s < math.inf else 0.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneStats:

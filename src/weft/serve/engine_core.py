@@ -241,7 +241,7 @@ class EngineCore:
             num_steps=stats.num_steps,
             predicted_s=0.0 if latest is None else latest.predicted_s,
             actual_s=0.0 if latest is None else latest.actual_s,
-            head_room_s=0.0 if latest is None else max(0.0, latest.budget_s - latest.inference_s),
+            head_room_s=0.0 if latest is None else latest.head_room_s,
         )
 
     def check_integrity(self) -> None:
