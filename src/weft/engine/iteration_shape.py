@@ -147,13 +147,24 @@ class SpanTerms:
         is_new = row_begin is None or row_begin == begin
         if row_begin is not None and not is_new:
             context = self._span(row_begin, end)[0] - self._span(row_begin, begin)[0]
-        return replace(
-            shape,
+        # Spelt out: a policy asks dozens of times an iteration, and `replace` looks up every field.
+        return IterationShape(
+            num_decode_rows=shape.num_decode_rows,
+            num_prefill_rows=shape.num_prefill_rows,
+            num_prefill_tokens=shape.num_prefill_tokens,
+            num_sampled_rows=shape.num_sampled_rows,
+            decode_context_tokens=shape.decode_context_tokens,
+            prefill_context_tokens=shape.prefill_context_tokens,
+            prefill_pairs=shape.prefill_pairs,
             num_ft_rows=shape.num_ft_rows + is_new,
             num_ft_tokens=shape.num_ft_tokens + end - begin,
             ft_context_tokens=shape.ft_context_tokens + context,
             ft_pairs=shape.ft_pairs + pairs,
             num_ft_loss_tokens=shape.num_ft_loss_tokens + num_labels,
+            num_ft_layer_rows=shape.num_ft_layer_rows,
+            num_ft_token_layers=shape.num_ft_token_layers,
+            ft_pair_layers=shape.ft_pair_layers,
+            num_ft_steps=shape.num_ft_steps,
         )
 
     def add_backward(
@@ -172,11 +183,23 @@ class SpanTerms:
             for window in self._kinds:
                 count = self._windows[first_layer:end_layer].count(window)
                 pairs += count * _pairs(begin, end, window) if count else 0
-        return replace(
-            shape,
+        return IterationShape(
+            num_decode_rows=shape.num_decode_rows,
+            num_prefill_rows=shape.num_prefill_rows,
+            num_prefill_tokens=shape.num_prefill_tokens,
+            num_sampled_rows=shape.num_sampled_rows,
+            decode_context_tokens=shape.decode_context_tokens,
+            prefill_context_tokens=shape.prefill_context_tokens,
+            prefill_pairs=shape.prefill_pairs,
+            num_ft_rows=shape.num_ft_rows,
+            num_ft_tokens=shape.num_ft_tokens,
+            ft_context_tokens=shape.ft_context_tokens,
+            ft_pairs=shape.ft_pairs,
+            num_ft_loss_tokens=shape.num_ft_loss_tokens,
             num_ft_layer_rows=layer_rows,
             num_ft_token_layers=token_layers,
             ft_pair_layers=pairs,
+            num_ft_steps=shape.num_ft_steps,
         )
 
 
