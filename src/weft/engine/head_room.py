@@ -11,7 +11,7 @@ class Unused(StrEnum):
     BEHIND_STEP = "behind-step"
     """An optimizer step was its last piece: what follows needs the new weights."""
     NO_PIECE = "no-piece"
-    """Not even the least piece fitted, or no job had one."""
+    """Not even the least piece fitted, none was worth its price yet, or no job had one."""
     REST = "rest"
     """What a whole number of granules leaves, and what rows that lack a place would have taken."""
 
@@ -21,7 +21,8 @@ class HeadRoom:
 
     def __init__(self) -> None:
         self.granted_s = 0.0
-        """Of all budgets, less what inference was expected to take."""
+        """Of all budgets, less what inference was expected to take; what is saved up counts in each
+        iteration that might have spent it."""
         self.unused_s = dict.fromkeys(Unused, 0.0)
 
     def count(
