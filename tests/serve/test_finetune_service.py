@@ -25,7 +25,7 @@ from weft.serve.api_keys import Tenant
 from weft.serve.finetune_bodies import JobBody
 from weft.serve.finetune_service import FinetuneService, FinetuneServiceConfig
 from weft.serve.messages import JobAction
-from weft.serve.records import Purpose, StorageError, StoredJob
+from weft.serve.records import Purpose, StorageError, StoredFile, StoredJob
 from weft.serve.served_models import ServedModels
 from weft.serve.store import Store
 
@@ -135,6 +135,24 @@ def test_what_cannot_be_kept_fails_its_job_alone(
     assert good.step == 2
 
 
+async def started_service(
+    store: Store, engine: Engine, model_dir: Path
+) -> tuple[FinetuneService, StoredFile]:
+    """A service, and a training file of one line in its store."""
+    service = FinetuneService(
+        store,
+        engine,
+        Tokenizer.from_directory(model_dir),
+        FinetuneServiceConfig(base_names=("base",), max_model_len=64),
+        ServedModels(("base",), engine),
+    )
+    await service.start()
+    file = await service.run(
+        store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=b'{"text": "abc"}'
+    )
+    return service, file
+
+
 def test_a_failure_is_kept_once_the_disk_has_room(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,17 +161,7 @@ def test_a_failure_is_kept_once_the_disk_has_room(
 
     async def run() -> StoredJob:
         engine, store = Engine(), Store(tmp_path / "data")
-        service = FinetuneService(
-            store,
-            engine,
-            Tokenizer.from_directory(model_dir),
-            FinetuneServiceConfig(base_names=("base",), max_model_len=64),
-            ServedModels(("base",), engine),
-        )
-        await service.start()
-        file = await service.run(
-            store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=b'{"text": "abc"}'
-        )
+        service, file = await started_service(store, engine, model_dir)
         job = await service.create(TENANT, JobBody(model="base", training_file=file.id))
         num_refused, is_full = 0, True
 
@@ -240,17 +248,7 @@ def test_a_caller_that_hangs_up_leaves_a_whole_job(
     async def run() -> None:
         engine = SlowEngine()
         store = Store(tmp_path / "data")
-        service = FinetuneService(
-            store,
-            engine,
-            Tokenizer.from_directory(model_dir),
-            FinetuneServiceConfig(base_names=("base",), max_model_len=64),
-            ServedModels(("base",), engine),
-        )
-        await service.start()
-        file = await service.run(
-            store.add_file, "t", filename="a", purpose=Purpose.FINE_TUNE, data=b'{"text": "abc"}'
-        )
+        service, file = await started_service(store, engine, model_dir)
         is_writing, may_write = asyncio.Event(), threading.Event()
         loop, add_job = asyncio.get_running_loop(), store.add_job
 
