@@ -147,60 +147,66 @@ class SpanTerms:
         is_new = row_begin is None or row_begin == begin
         if row_begin is not None and not is_new:
             context = self._span(row_begin, end)[0] - self._span(row_begin, begin)[0]
-        # Spelt out: a policy asks dozens of times an iteration, and `replace` looks up every field.
-        return IterationShape(
-            num_decode_rows=shape.num_decode_rows,
-            num_prefill_rows=shape.num_prefill_rows,
-            num_prefill_tokens=shape.num_prefill_tokens,
-            num_sampled_rows=shape.num_sampled_rows,
-            decode_context_tokens=shape.decode_context_tokens,
-            prefill_context_tokens=shape.prefill_context_tokens,
-            prefill_pairs=shape.prefill_pairs,
-            num_ft_rows=shape.num_ft_rows + is_new,
-            num_ft_tokens=shape.num_ft_tokens + end - begin,
-            ft_context_tokens=shape.ft_context_tokens + context,
-            ft_pairs=shape.ft_pairs + pairs,
-            num_ft_loss_tokens=shape.num_ft_loss_tokens + num_labels,
-            num_ft_layer_rows=shape.num_ft_layer_rows,
-            num_ft_token_layers=shape.num_ft_token_layers,
-            ft_pair_layers=shape.ft_pair_layers,
-            num_ft_steps=shape.num_ft_steps,
+        return _grown(
+            shape,
+            rows=int(is_new),
+            tokens=end - begin,
+            context=context,
+            pairs=pairs,
+            loss_tokens=num_labels,
         )
 
     def add_backward(
         self, shape: IterationShape, spans: Iterable[tuple[int, int, int, int]]
     ) -> IterationShape:
         """Further backward rows, each (begin, end, first layer, end layer)."""
-        layer_rows, token_layers, pairs = (
-            shape.num_ft_layer_rows,
-            shape.num_ft_token_layers,
-            shape.ft_pair_layers,
-        )
+        layer_rows = token_layers = pair_layers = 0
         for begin, end, first_layer, end_layer in spans:
             num_layers = end_layer - first_layer
             layer_rows += num_layers
             token_layers += (end - begin) * num_layers
             for window in self._kinds:
                 count = self._windows[first_layer:end_layer].count(window)
-                pairs += count * _pairs(begin, end, window) if count else 0
-        return IterationShape(
-            num_decode_rows=shape.num_decode_rows,
-            num_prefill_rows=shape.num_prefill_rows,
-            num_prefill_tokens=shape.num_prefill_tokens,
-            num_sampled_rows=shape.num_sampled_rows,
-            decode_context_tokens=shape.decode_context_tokens,
-            prefill_context_tokens=shape.prefill_context_tokens,
-            prefill_pairs=shape.prefill_pairs,
-            num_ft_rows=shape.num_ft_rows,
-            num_ft_tokens=shape.num_ft_tokens,
-            ft_context_tokens=shape.ft_context_tokens,
-            ft_pairs=shape.ft_pairs,
-            num_ft_loss_tokens=shape.num_ft_loss_tokens,
-            num_ft_layer_rows=layer_rows,
-            num_ft_token_layers=token_layers,
-            ft_pair_layers=pairs,
-            num_ft_steps=shape.num_ft_steps,
+                pair_layers += count * _pairs(begin, end, window) if count else 0
+        return _grown(
+            shape, layer_rows=layer_rows, token_layers=token_layers, pair_layers=pair_layers
         )
+
+
+def _grown(
+    shape: IterationShape,
+    *,
+    rows: int = 0,
+    tokens: int = 0,
+    context: float = 0.0,
+    pairs: float = 0.0,
+    loss_tokens: int = 0,
+    layer_rows: int = 0,
+    token_layers: int = 0,
+    pair_layers: int = 0,
+) -> IterationShape:
+    """`shape` with more finetuning rows.
+
+    Spelt out: a policy asks dozens of times an iteration, and `replace` looks up every field.
+    """
+    return IterationShape(
+        num_decode_rows=shape.num_decode_rows,
+        num_prefill_rows=shape.num_prefill_rows,
+        num_prefill_tokens=shape.num_prefill_tokens,
+        num_sampled_rows=shape.num_sampled_rows,
+        decode_context_tokens=shape.decode_context_tokens,
+        prefill_context_tokens=shape.prefill_context_tokens,
+        prefill_pairs=shape.prefill_pairs,
+        num_ft_rows=shape.num_ft_rows + rows,
+        num_ft_tokens=shape.num_ft_tokens + tokens,
+        ft_context_tokens=shape.ft_context_tokens + context,
+        ft_pairs=shape.ft_pairs + pairs,
+        num_ft_loss_tokens=shape.num_ft_loss_tokens + loss_tokens,
+        num_ft_layer_rows=shape.num_ft_layer_rows + layer_rows,
+        num_ft_token_layers=shape.num_ft_token_layers + token_layers,
+        ft_pair_layers=shape.ft_pair_layers + pair_layers,
+        num_ft_steps=shape.num_ft_steps,
+    )
 
 
 def _pairs(begin: int, end: int, window: int | None) -> int:
